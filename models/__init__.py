@@ -1,0 +1,1 @@
+"""Real models: the catalogue, its fetcher, and builders of what no package ships."""
