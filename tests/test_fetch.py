@@ -491,6 +491,30 @@ def test_a_truncated_file_is_refused(legacy: Callable[..., io.BytesIO]) -> None:
         builder.read_state_dict(io.BytesIO(data[:-4]))
 
 
+def test_a_storage_of_another_size_than_announced_is_refused(
+    legacy: Callable[..., io.BytesIO],
+) -> None:
+    data = legacy({"x": FakeTensor(np.zeros(9, np.float32))}).getvalue()
+    shorter = data[:-44] + struct.pack("<q", 5) + bytes(20)
+    with pytest.raises(pickle.UnpicklingError, match="5 elements"):
+        builder.read_state_dict(io.BytesIO(shorter))
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        ("storage", "O", "key", "cpu", 1, None),
+        ("storage", "<f4", "key", "cpu", 1, ("view", 0, 1)),
+        ("module", "<f4", "key", "cpu", 1, None),
+        "storage",
+    ],
+)
+def test_a_reference_to_anything_but_a_known_storage_is_refused(reference: Any) -> None:
+    unpickler = builder.RestrictedUnpickler(io.BytesIO())
+    with pytest.raises(pickle.UnpicklingError, match="unexpected reference"):
+        unpickler.persistent_load(reference)
+
+
 # --- The graph writer ---------------------------------------------------------------
 
 
