@@ -426,7 +426,7 @@ def legacy(monkeypatch: pytest.MonkeyPatch) -> Callable[..., io.BytesIO]:
 
     _rebuild_tensor_v2.__module__ = "torch._utils"
     _rebuild_tensor_v2.__qualname__ = "_rebuild_tensor_v2"
-    utils._rebuild_tensor_v2 = _rebuild_tensor_v2  # type: ignore[attr-defined]
+    vars(utils).update(_rebuild_tensor_v2=_rebuild_tensor_v2)
     monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.setitem(sys.modules, "torch._utils", utils)
 
