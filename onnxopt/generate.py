@@ -1,0 +1,294 @@
+"""Feeds made up from a model's inputs: seeded, legal, and different from each other.
+
+A value depends on (seed, input name, index) and its shape alone, so adding an input
+to a model leaves the others as they were. Symbolic dims are bound by `Binding`s, each
+symbol to one size within a feed: which sizes a model accepts cannot be read off its
+inputs, so `candidate_bindings` proposes and whoever has a session tries them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import ml_dtypes
+import numpy as np
+import onnx
+
+from onnxopt.errors import UsageError
+from onnxopt.inputs import Dim, Feed, Feeds, InputSpec, shape_text
+from onnxopt.ranges import Bound, index_bounds
+
+Binding: TypeAlias = dict[str, int]
+
+# Batch size, then sizes of other symbols and of image axes (used in turn), tried in
+# this order. First sizes that differ, so that swapped axes show; then 1; then sizes
+# that models insist on: equal ones, multiples of 32, OCR's height of 48, waveforms.
+_ROUNDS: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...] = (
+    (2, (7, 5, 6, 4), (64, 96)),
+    (1, (1,), (32, 32)),
+    (1, (8,), (64, 64)),
+    (3, (16,), (32, 64)),
+    (1, (3, 2), (48, 320)),
+    (1, (128,), (224, 224)),
+    (1, (512,), (320, 320)),
+    (1, (16000,), (640, 640)),
+    (1, (100,), (1, 1)),
+)
+_MASK = re.compile(r"mask|^valid", re.IGNORECASE)
+_RATE = re.compile(r"^sr$|sampl(e|ing)_?rate", re.IGNORECASE)
+_POSITION = re.compile(r"position", re.IGNORECASE)
+_LENGTH = re.compile(r"len(gth)?s?$", re.IGNORECASE)
+_SUM = re.compile(r"\s*(\w+)\s*([-+*])\s*(\w+)\s*")
+_DEFAULT_BOUND = 10
+_RANK_IF_OPEN = 2
+
+
+@dataclass(frozen=True)
+class GeneratedFeeds(Feeds):
+    """`count` feeds, the n-th with the n-th binding (in turn)."""
+
+    inputs: tuple[InputSpec, ...]
+    seed: int
+    count: int
+    bindings: tuple[Binding, ...]
+    bounds: Mapping[str, Sequence[Bound]] = field(default_factory=dict)
+    source: str = "generated feeds"
+
+    def __iter__(self) -> Iterator[Feed]:
+        return (self.feed(index) for index in range(self.count))
+
+    def feed(self, index: int, binding: Binding | None = None) -> Feed:
+        """Feed number `index`, with its own binding unless another is given."""
+        if binding is None:
+            binding = self.bindings[index % len(self.bindings)]
+        return {
+            spec.name: _value(self, spec, index, binding)
+            for spec in self.inputs
+            if not (spec.kind.startswith("optional") and index % 4 == 3)
+        }
+
+    def with_bindings(self, bindings: Sequence[Binding]) -> GeneratedFeeds:
+        """The same feeds at other sizes."""
+        return dataclasses.replace(self, bindings=tuple(bindings))
+
+
+def generate_feeds(
+    inputs: Sequence[InputSpec],
+    *,
+    model: onnx.ModelProto | None = None,
+    seed: int = 0,
+    count: int = 8,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> GeneratedFeeds:
+    """Seeded feeds; `shapes` fixes the shape of inputs, `model` gives index ranges.
+
+    Raises UsageError for an input that cannot be made up (a map, a sparse tensor), and
+    for `shapes` that name no input or contradict a static dim.
+    """
+    for spec in inputs:
+        if spec.kind in ("map", "sparse"):
+            raise UsageError(
+                f"input {spec.name!r} is a {spec.kind}: give feeds for it (--data)"
+            )
+    fixed = _with_shapes(inputs, shapes or {})
+    integers = [spec.name for spec in fixed if spec.is_integer]
+    return GeneratedFeeds(
+        inputs=tuple(fixed),
+        seed=seed,
+        count=count,
+        bindings=tuple(candidate_bindings(fixed)[:4]),
+        bounds=index_bounds(model, integers) if model is not None else {},
+    )
+
+
+def _with_shapes(
+    inputs: Sequence[InputSpec], shapes: Mapping[str, Sequence[int]]
+) -> list[InputSpec]:
+    """Inputs with the given shapes; symbols shared with other inputs are bound there."""
+    known = {spec.name: spec for spec in inputs}
+    bound: Binding = {}
+    for name, shape in shapes.items():
+        if name not in known:
+            raise UsageError(
+                f"--input-shape: {name!r} is no input of the model (it has "
+                f"{', '.join(map(repr, known)) or 'none'})"
+            )
+        bound |= _match(known[name], tuple(shape))
+    return [_bind(spec, shapes.get(spec.name), bound) for spec in inputs]
+
+
+def _match(spec: InputSpec, shape: tuple[int, ...]) -> Binding:
+    """Symbols of the input at the sizes of `shape`."""
+    own = spec.shape if spec.shape is not None else (None,) * len(shape)
+    clash = len(own) != len(shape) or any(
+        isinstance(dim, int) and dim != size
+        for dim, size in zip(own, shape, strict=False)
+    )
+    if clash:
+        raise UsageError(
+            f"--input-shape: {spec.name!r} takes {shape_text(own)}, "
+            f"not {shape_text(shape)}"
+        )
+    return {d: size for d, size in zip(own, shape, strict=True) if isinstance(d, str)}
+
+
+def _bind(spec: InputSpec, shape: Sequence[int] | None, bound: Binding) -> InputSpec:
+    dims: Sequence[Dim] | None = shape if shape is not None else spec.shape
+    if dims is None:
+        return spec
+    new = tuple(bound.get(d, d) if isinstance(d, str) else d for d in dims)
+    return dataclasses.replace(spec, shape=new)
+
+
+def symbol_of(spec: InputSpec, axis: int) -> str:
+    """The symbol of a dim; an unnamed one has its own: `x[2]`."""
+    dim = spec.shape[axis] if spec.shape is not None else None
+    return dim if isinstance(dim, str) else f"{spec.name}[{axis}]"
+
+
+def candidate_bindings(inputs: Sequence[InputSpec]) -> list[Binding]:
+    """Bindings of all symbols that are worth trying, the most telling ones first."""
+    batch, image, other = _symbols(inputs)
+    found: list[Binding] = []
+    for size, lengths, pixels in _ROUNDS:
+        for first in dict.fromkeys((size, 1)):
+            binding = dict.fromkeys(batch, first)
+            binding |= {s: pixels[i % len(pixels)] for i, s in enumerate(image)}
+            binding |= {s: lengths[i % len(lengths)] for i, s in enumerate(other)}
+            if binding not in found:
+                found.append(binding)
+    return found
+
+
+def _symbols(inputs: Sequence[InputSpec]) -> tuple[list[str], list[str], list[str]]:
+    """Symbols that count samples, those on the axes of images, and all others."""
+    batch: dict[str, None] = {}
+    image: dict[str, None] = {}
+    other: dict[str, None] = {}
+    for spec in inputs:
+        shape = spec.shape if spec.shape is not None else (None,) * _RANK_IF_OPEN
+        for axis, dim in enumerate(shape):
+            symbol = symbol_of(spec, axis)
+            if isinstance(dim, int) or _SUM.fullmatch(symbol):
+                continue
+            if axis == 0 or _is_state_batch(shape, axis):
+                batch[symbol] = None
+            else:
+                (image if len(shape) == 4 else other)[symbol] = None
+    return (
+        list(batch),
+        [s for s in image if s not in batch],
+        [s for s in other if s not in batch and s not in image],
+    )
+
+
+def _is_state_batch(shape: Sequence[Dim], axis: int) -> bool:
+    """Axis 1 of a recurrent state: (layers, batch, hidden)."""
+    return axis == 1 and len(shape) == 3 and isinstance(shape[0], int)
+
+
+def _size(spec: InputSpec, axis: int, dim: Dim, binding: Binding) -> int:
+    if isinstance(dim, int):
+        return dim
+    return _resolve(symbol_of(spec, axis), binding)
+
+
+def _resolve(symbol: str, binding: Binding) -> int:
+    """Size of a symbol; exporters also write sums: "past_length + length"."""
+    if symbol in binding:
+        return binding[symbol]
+    if match := _SUM.fullmatch(symbol):
+        left, right = (_term(match[i], binding) for i in (1, 3))
+        result = {"+": left + right, "-": left - right, "*": left * right}[match[2]]
+        return max(result, 0)
+    return 1
+
+
+def _term(text: str, binding: Binding) -> int:
+    return int(text) if text.isdigit() else binding.get(text, 1)
+
+
+def _value(feeds: GeneratedFeeds, spec: InputSpec, index: int, binding: Binding) -> Any:
+    random = _generator(feeds.seed, spec.name, index)
+    dims = spec.shape if spec.shape is not None else (None,) * _RANK_IF_OPEN
+    shape = tuple(_size(spec, axis, dim, binding) for axis, dim in enumerate(dims))
+    bound = _bound(feeds.bounds.get(spec.name, ()), binding)
+    if spec.kind.endswith("sequence"):
+        return [_array(random, spec, shape, bound, index) for _ in range(1 + index % 3)]
+    return _array(random, spec, shape, bound, index)
+
+
+def _generator(seed: int, name: str, index: int) -> np.random.Generator:
+    digest = hashlib.sha256(f"{seed}:{index}:{name}".encode()).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
+
+
+def _bound(bounds: Sequence[Bound], binding: Binding) -> int | None:
+    sizes = [b if isinstance(b, int) else binding.get(b) for b in bounds]
+    return min((size for size in sizes if size), default=None)
+
+
+def _array(
+    random: np.random.Generator,
+    spec: InputSpec,
+    shape: tuple[int, ...],
+    bound: int | None,
+    index: int,
+) -> np.ndarray:
+    kind = spec.dtype.kind
+    if _MASK.search(spec.name) and kind != "O":
+        return _prefix_mask(random, shape, index).astype(spec.dtype)
+    if kind == "O":
+        return _strings(random, shape)
+    if kind == "b":
+        return random.random(shape) < 0.5
+    if spec.is_integer:
+        return _integers(random, spec, shape, bound)
+    # Alternately centred and non-negative, as waveforms and as pixels are.
+    floats = random.standard_normal(shape) if index % 2 == 0 else random.random(shape)
+    if kind == "c":
+        floats = floats + 1j * random.standard_normal(shape)
+    return np.asarray(floats, dtype=np.float32 if kind == "V" else None).astype(
+        spec.dtype
+    )
+
+
+def _prefix_mask(
+    random: np.random.Generator, shape: tuple[int, ...], index: int
+) -> np.ndarray:
+    """Ones, then zeros, along the last axis: padding at the end, never all of it."""
+    mask = np.ones(shape, dtype=bool)
+    if not shape or index % 2 == 0 or shape[-1] < 2:
+        return mask
+    lengths = random.integers(1, shape[-1] + 1, size=(*shape[:-1], 1))
+    return np.asarray(np.arange(shape[-1]) < lengths)
+
+
+def _strings(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    words = np.array(["a", "no", "yes", "Zürich", "onnx 1", "", "42"], dtype=object)
+    return np.asarray(words[random.integers(0, len(words), size=shape)], dtype=object)
+
+
+def _integers(
+    random: np.random.Generator,
+    spec: InputSpec,
+    shape: tuple[int, ...],
+    bound: int | None,
+) -> np.ndarray:
+    if bound is None and _RATE.search(spec.name):
+        return np.full(shape, 16000).astype(spec.dtype)
+    if _POSITION.search(spec.name) and shape:
+        steps = np.arange(shape[-1]) % (bound or max(shape[-1], 1))
+        return np.broadcast_to(steps, shape).astype(spec.dtype)
+    low, high = 0, bound or _DEFAULT_BOUND
+    if bound is None and spec.dtype.itemsize == 1:
+        limits = ml_dtypes.iinfo(spec.dtype)  # type: ignore[no-untyped-call]
+        low, high = int(limits.min), int(limits.max) + 1
+    if bound is None and _LENGTH.search(spec.name):
+        low = 1
+    return random.integers(low, high, size=shape).astype(spec.dtype)
