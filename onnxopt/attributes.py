@@ -1,0 +1,53 @@
+"""Reading and making node attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from onnx import AttributeProto, GraphProto, NodeProto, helper
+
+
+def find(node: NodeProto, name: str) -> AttributeProto | None:
+    """The attribute called `name`, None where the node has none."""
+    for attribute in node.attribute:
+        if attribute.name == name:
+            return attribute
+    return None
+
+
+def get(node: NodeProto, name: str, default: Any = None) -> Any:
+    """The value of attribute `name` (str for strings), `default` where absent.
+
+    A reference to a function's attribute has no value here: `has_references` tells.
+    """
+    attribute = find(node, name)
+    if attribute is None:
+        return default
+    value = helper.get_attribute_value(attribute)
+    if isinstance(value, bytes):
+        return value.decode()
+    if attribute.type == AttributeProto.STRINGS:
+        return [item.decode() for item in value]
+    return list(value) if hasattr(value, "extend") else value
+
+
+def has_references(node: NodeProto) -> bool:
+    """Whether an attribute stands for one of the enclosing function's attributes."""
+    return any(attribute.ref_attr_name for attribute in node.attribute)
+
+
+def make(name: str, value: Any) -> AttributeProto:
+    """An attribute of the type that `value` has (an empty list is a list of ints)."""
+    kind = AttributeProto.INTS if isinstance(value, list) and not value else None
+    return helper.make_attribute(name, value, attr_type=kind)
+
+
+def subgraphs(node: NodeProto) -> Iterator[tuple[str, GraphProto]]:
+    """The graphs in a node's attributes, each with a label such as `then_branch`."""
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.GRAPH:
+            yield attribute.name, attribute.g
+        elif attribute.type == AttributeProto.GRAPHS:
+            for index, graph in enumerate(attribute.graphs):
+                yield f"{attribute.name}[{index}]", graph

@@ -1,0 +1,215 @@
+"""What a model must satisfy before any pass may look at it.
+
+The index (`onnxopt.graph`) finds duplicate, dangling and circular values by itself;
+here are the checks on the protobuf alone. What ONNX Runtime loads in spite of
+onnx.checker passes; what it cannot load, or what is not safe to read, does not.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator
+
+import onnx
+from onnx import (
+    AttributeProto,
+    FunctionProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+)
+
+from onnxopt import attributes
+from onnxopt.errors import InvalidModelError
+from onnxopt.weights import elements, payload_bytes, place
+
+MAX_BYTES = 1 << 46
+"""No tensor is larger than this (64 TiB): dims beyond are garbage, or a bomb."""
+
+_TYPED_FIELD = {
+    TensorProto.FLOAT: ("float_data", 1),
+    TensorProto.COMPLEX64: ("float_data", 2),
+    TensorProto.DOUBLE: ("double_data", 1),
+    TensorProto.COMPLEX128: ("double_data", 2),
+    TensorProto.INT64: ("int64_data", 1),
+    TensorProto.UINT64: ("uint64_data", 1),
+    TensorProto.UINT32: ("uint64_data", 1),
+    TensorProto.STRING: ("string_data", 1),
+}
+_KNOWN_TYPES = frozenset(TensorProto.DataType.values()) - {TensorProto.UNDEFINED}
+
+
+def check_proto(proto: ModelProto) -> None:
+    """Raise InvalidModelError, one line, at the first thing that is wrong."""
+    _check_versions(proto)
+    _check_functions(proto)
+    for graph in _graphs(proto.graph):
+        _check_graph(graph)
+    versions = {entry.domain: entry.version for entry in proto.opset_import}
+    calls = {(function.domain, function.name) for function in proto.functions}
+    for graph in (proto.graph, *proto.functions):
+        for node in _all_nodes(graph.node):
+            _check_node(node, versions, calls)
+
+
+def trained_names(proto: ModelProto) -> set[str]:
+    """The values that training information refers to by name."""
+    return {
+        name
+        for info in proto.training_info
+        for binding in (*info.initialization_binding, *info.update_binding)
+        for name in (binding.key, binding.value)
+    }
+
+
+def _check_versions(proto: ModelProto) -> None:
+    if not 1 <= proto.ir_version <= onnx.IR_VERSION:
+        raise InvalidModelError(
+            f"IR version {proto.ir_version} is not one that onnx {onnx.__version__} knows "
+            f"(1 to {onnx.IR_VERSION})"
+        )
+    newest = onnx.defs.onnx_opset_version()
+    for entry in (
+        *proto.opset_import,
+        *(e for f in proto.functions for e in f.opset_import),
+    ):
+        bad = entry.version < 1 or (
+            entry.domain in ("", "ai.onnx") and entry.version > newest
+        )
+        if bad:
+            raise InvalidModelError(
+                f"opset {entry.version} of domain {entry.domain or 'ai.onnx'!r} is not one "
+                f"that onnx {onnx.__version__} knows (1 to {newest})"
+            )
+    if not proto.opset_import and proto.ir_version >= 3:
+        raise InvalidModelError("the model imports no operator set")
+
+
+def _check_functions(proto: ModelProto) -> None:
+    """No two functions share a name, and none calls itself."""
+    functions: dict[tuple[str, str, str], FunctionProto] = {}
+    for function in proto.functions:
+        key = (function.domain, function.name, function.overload)
+        if key in functions:
+            raise InvalidModelError(f"function {key[0]}::{key[1]} is defined twice")
+        functions[key] = function
+    calls = {
+        key: {
+            (node.domain, node.op_type, node.overload)
+            for node in _all_nodes(function.node)
+        }
+        & functions.keys()
+        for key, function in functions.items()
+    }
+    done: set[tuple[str, str, str]] = set()
+    while ready := [key for key in calls if key not in done and calls[key] <= done]:
+        done.update(ready)
+    if circular := [key for key in calls if key not in done]:
+        raise InvalidModelError(
+            f"function {circular[0][0]}::{circular[0][1]} calls itself, or one that does"
+        )
+
+
+def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    yield graph
+    for node in graph.node:
+        for _, inner in attributes.subgraphs(node) if node.attribute else ():
+            yield from _graphs(inner)
+
+
+def _all_nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
+    for node in nodes:
+        yield node
+        for _, inner in attributes.subgraphs(node) if node.attribute else ():
+            yield from _all_nodes(inner.node)
+
+
+def _check_graph(graph: GraphProto) -> None:
+    for names, what in (
+        ([value.name for value in graph.input], "input"),
+        ([tensor.name for tensor in graph.initializer], "initializer"),
+    ):
+        seen: set[str] = set()
+        for name in names:
+            if not name:
+                raise InvalidModelError(f"graph {graph.name!r}: an {what} has no name")
+            if name in seen:
+                raise InvalidModelError(f"graph {graph.name!r}: two {what}s {name!r}")
+            seen.add(name)
+    for tensor in graph.initializer:
+        _check_tensor(tensor, f"initializer {tensor.name!r}")
+
+
+def _check_tensor(tensor: TensorProto, what: str) -> None:
+    """The dtype is known and the payload has the bytes that dtype and dims need."""
+    if tensor.data_type not in _KNOWN_TYPES:
+        raise InvalidModelError(f"{what} has unknown data type {tensor.data_type}")
+    if any(dim < 0 for dim in tensor.dims):
+        raise InvalidModelError(f"{what} has negative dims {list(tensor.dims)}")
+    count = elements(tensor)
+    wanted = payload_bytes(tensor.data_type, count)
+    if wanted > MAX_BYTES or count > MAX_BYTES:
+        raise InvalidModelError(f"{what} has absurd dims {list(tensor.dims)}")
+    if place(tensor) is not None:
+        return
+    if tensor.HasField("raw_data"):
+        found: int = len(tensor.raw_data)
+        if tensor.data_type == TensorProto.STRING:
+            raise InvalidModelError(f"{what}: strings cannot be raw data")
+    else:
+        field, per_element = _TYPED_FIELD.get(tensor.data_type, ("int32_data", 1))
+        found, wanted = len(getattr(tensor, field)), count * per_element
+        if field == "int32_data":
+            wanted = _int32_items(tensor.data_type, count)
+    if found != wanted:
+        raise InvalidModelError(
+            f"{what}: dims {list(tensor.dims)} of type "
+            f"{TensorProto.DataType.Name(tensor.data_type)} need {wanted} "
+            f"{'bytes' if tensor.HasField('raw_data') else 'items'}, it has {found}"
+        )
+
+
+def _int32_items(data_type: int, count: int) -> int:
+    """Entries of int32_data for `count` elements: 4- and 2-bit types pack bytes."""
+    full = payload_bytes(data_type, 8)  # bytes of 8 elements; below 8 it is packed
+    return math.ceil(count * full / 8) if full < 8 else count
+
+
+def _check_node(
+    node: NodeProto, versions: dict[str, int], calls: set[tuple[str, str]]
+) -> None:
+    label = node.name or next(iter(node.output), "")
+    if not node.op_type:
+        raise InvalidModelError(f"node {label!r} has no operator type")
+    if not node.attribute:
+        return
+    standard = node.domain in ("", "ai.onnx") and (node.domain, node.op_type) not in calls
+    version = versions.get("", versions.get("ai.onnx", 0))
+    kinds = _attribute_kinds(node.op_type, version) if standard else {}
+    seen: set[str] = set()
+    for attribute in node.attribute:
+        where = f"node {label!r} ({node.op_type}): attribute {attribute.name!r}"
+        if not attribute.name or attribute.name in seen:
+            raise InvalidModelError(f"{where} has no name or is there twice")
+        seen.add(attribute.name)
+        kind = kinds.get(attribute.name)
+        if kind is not None and attribute.type not in (kind, AttributeProto.UNDEFINED):
+            raise InvalidModelError(
+                f"{where} is of type {AttributeProto.AttributeType.Name(attribute.type)}, "
+                f"not {AttributeProto.AttributeType.Name(kind)}"
+            )
+        if attribute.type == AttributeProto.TENSOR and not attribute.ref_attr_name:
+            _check_tensor(attribute.t, where)
+
+
+@functools.cache
+def _attribute_kinds(op_type: str, version: int) -> dict[str, int]:
+    if not version or not onnx.defs.has(op_type):
+        return {}
+    try:
+        schema = onnx.defs.get_schema(op_type, version)
+    except onnx.defs.SchemaError:
+        return {}
+    return {name: int(item.type.value) for name, item in schema.attributes.items()}

@@ -1,0 +1,500 @@
+"""Edit: the one way to change a graph.
+
+An edit is built first and carried out by `GraphView.apply`, whole or not at all. While
+it runs, every primitive change notes its inverse; a refusal (the growth budget, the
+bisect limit, a cycle, an interface that would change) undoes them, last first. Nodes
+and weights that the edit leaves without a reader go with it, so that its true cost in
+bytes is known when the budget is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from onnx import (
+    AttributeProto,
+    FunctionProto,
+    GraphProto,
+    NodeProto,
+    TensorProto,
+    helper,
+)
+
+from onnxopt import attributes
+from onnxopt.graph import GraphView, constant_value
+from onnxopt.weights import Array, tensor_bytes
+
+
+class Refused(Exception):  # noqa: N818 - a signal inside this module, not an error
+    """The edit may not be done; the text is the reason for the report."""
+
+
+class EditError(AssertionError):
+    """A pass built an edit that would break the graph: a bug in the pass."""
+
+
+class Edit:
+    """A list of changes to one scope, on behalf of `node` (the report names it)."""
+
+    def __init__(self, graph: GraphView, node: NodeProto) -> None:
+        self.graph = graph
+        self.node = node
+        self._steps: list[Callable[[_Journal], None]] = []
+
+    # ---- building ----
+
+    def insert(
+        self,
+        op_type: str,
+        inputs: Sequence[str],
+        outputs: int | Sequence[str] = 1,
+        attrs: Mapping[str, Any] | None = None,
+        *,
+        domain: str = "",
+        name: str = "",
+    ) -> list[str]:
+        """Add a node before the edit's own, with its metadata; returns the output names.
+
+        Attributes that are None are left out.
+        """
+        if isinstance(outputs, int):
+            hint = self.node.output[0] if self.node.output else op_type
+            outputs = [self.graph.fresh(f"{hint}_{op_type}") for _ in range(outputs)]
+        if not name and self.node.name:
+            name = self.graph.fresh(f"{self.node.name}_{op_type}")
+        made = helper.make_node(
+            op_type, inputs, outputs, name=name or None, domain=domain
+        )
+        for key, value in (attrs or {}).items():
+            if value is not None:
+                made.attribute.append(attributes.make(key, value))
+        made.metadata_props.extend(self.node.metadata_props)
+        self._steps.append(lambda j: j.insert(self.graph, made, self.node))
+        return list(outputs)
+
+    def rewrite(
+        self,
+        op_type: str,
+        inputs: Sequence[str],
+        attrs: Mapping[str, Any] | None = None,
+        *,
+        domain: str = "",
+    ) -> None:
+        """Put a node with the same outputs, name and metadata in place of the edit's own."""
+        node = self.node
+        made = helper.make_node(
+            op_type, inputs, node.output, name=node.name or None, domain=domain
+        )
+        for key, value in (attrs or {}).items():
+            if value is not None:
+                made.attribute.append(attributes.make(key, value))
+        made.doc_string = node.doc_string
+        made.metadata_props.extend(node.metadata_props)
+        self.erase(node)
+        self._steps.append(lambda j: j.insert(self.graph, made, node))
+
+    def erase(self, node: NodeProto) -> None:
+        """Remove a node; its outputs need no reader, or a new producer in this edit."""
+        self._steps.append(lambda j: j.erase(self.graph, node))
+
+    def bypass(self, node: NodeProto, values: Mapping[str, str]) -> None:
+        """Remove a node and let the readers of its outputs read other values instead.
+
+        `values` maps each output that is read to its replacement. Where it is an output
+        of the scope, the replacement's producer takes over the name.
+        """
+        self._steps.append(lambda j: j.bypass(self.graph, node, values))
+
+    def set_input(self, node: NodeProto, index: int, name: str) -> None:
+        """Let input slot `index` of `node` read `name`; slots up to it are filled with ""."""
+        self._steps.append(lambda j: j.set_input(self.graph, node, index, name))
+
+    def set_attribute(self, node: NodeProto, name: str, value: Any) -> None:
+        """Set an attribute, or remove it where `value` is None."""
+        self._steps.append(lambda j: j.set_attribute(self.graph, node, name, value))
+
+    def add_weight(self, value: Array | TensorProto, hint: str, name: str = "") -> str:
+        """Add a constant to the scope; returns its name (`name`, or a fresh one)."""
+        name = name or self.graph.fresh(hint)
+        if isinstance(value, TensorProto):
+            tensor = TensorProto()
+            tensor.CopyFrom(value)
+            tensor.name = name
+        else:
+            tensor = self.graph.model.weights.tensor(value, name)
+        self._steps.append(lambda j: j.add_weight(self.graph, tensor, self.node))
+        return name
+
+    def set_weight(self, name: str, value: Array) -> None:
+        """Replace the payload of a constant for all who read it."""
+        tensor = self.graph.model.weights.tensor(value, name)
+        self._steps.append(lambda j: j.set_weight(self.graph, name, tensor))
+
+    def drop_weight(self, name: str) -> None:
+        """Remove an initializer that nothing reads."""
+        self._steps.append(lambda j: j.drop_weight(self.graph, name))
+
+    def set_shape(
+        self, name: str, elem_type: int, dims: Sequence[int | str | None]
+    ) -> None:
+        """Correct the declared type of an inner value, where one is declared."""
+        self._steps.append(lambda j: j.set_shape(self.graph, name, elem_type, dims))
+
+    def then(self, step: Callable[[_Journal], None]) -> None:
+        """Add a change of the caller's own; it must note its inverse in the journal."""
+        self._steps.append(step)
+
+    # ---- carrying out ----
+
+    def commit(self, why: str) -> bool:
+        """Carry the edit out; `GraphView.apply` is the way to call this."""
+        graph, ledger = self.graph, self.graph.model.ledger
+        journal = _Journal()
+        try:
+            for step in self._steps:
+                step(journal)
+            journal.sweep()
+            journal.check()
+            refusal = ledger.refusal(journal.bytes)
+            if refusal:
+                raise Refused(refusal)
+        except Refused as refused:
+            journal.roll_back()
+            graph.skip(self.node, str(refused))
+            return False
+        except BaseException:
+            journal.roll_back()
+            raise
+        journal.publish()
+        graph.model.version += 1
+        ledger.record(graph, self.node, why, journal.nodes, journal.bytes)
+        return True
+
+
+class _Journal:
+    """Primitive changes to views, each with its inverse, and what they touched."""
+
+    def __init__(self) -> None:
+        self.undo: list[Callable[[], object]] = []
+        self.touched: list[tuple[GraphView, NodeProto]] = []
+        self.freed: list[tuple[GraphView, str]] = []
+        self.undefined: list[tuple[GraphView, str]] = []
+        self.bytes = 0
+        self.nodes = 0
+
+    def roll_back(self) -> None:
+        for inverse in reversed(self.undo):
+            inverse()
+
+    def publish(self) -> None:
+        """Tell the views' change logs."""
+        for view, node in self._touched_outwards():
+            view.changes.append(node)
+
+    def _touched_outwards(self) -> Iterator[tuple[GraphView, NodeProto]]:
+        """What was touched, and the nodes of outer scopes that it stands in."""
+        for view, node in self.touched:
+            yield view, node
+            while view.parent is not None and view.owner is not None:
+                view, node = view.parent, view.owner
+                yield view, node
+
+    # ---- nodes ----
+
+    def insert(self, view: GraphView, node: NodeProto, anchor: NodeProto) -> NodeProto:
+        view.proto.node.append(node)
+        kept = view.proto.node[-1]
+        place = view._rank[id(anchor)][0]
+        self._attach(view, kept, (place, view.model.next_sequence()))
+        view._misplaced = True
+        self.undo.append(lambda: self._detach(view, kept))
+        return kept
+
+    def erase(self, view: GraphView, node: NodeProto) -> None:
+        if not view.holds(node):
+            return  # a sweep, or an earlier step, was here before
+        rank = view._rank[id(node)]
+        children = view._children.get(id(node), [])
+        self._detach(view, node)
+        self.undo.append(lambda: self._attach(view, node, rank, children))
+        self.freed += [(home, name) for home, name in _reads(view, node, children)]
+        self.undefined += [(view, name) for name in node.output if name]
+
+    def _attach(
+        self,
+        view: GraphView,
+        node: NodeProto,
+        rank: tuple[int, int],
+        children: Sequence[GraphView] = (),
+    ) -> None:
+        view._nodes[id(node)] = node
+        view._rank[id(node)] = rank
+        view._dead.pop(id(node), None)
+        for name in filter(None, node.output):
+            if name in view._producer or name in view._given or name in view._weights:
+                raise EditError(f"{view.scope}: {name!r} is defined already")
+            view._producer[name] = node
+        if children:
+            view._children[id(node)] = list(children)
+            for index, name in enumerate(node.input):
+                if name:
+                    view._add_use(node, index, name)
+            for child in children:
+                child.add_captures()
+        else:
+            view._connect(node)
+        self.bytes += node.ByteSize()
+        self.nodes += 1 + _inner_nodes(node)
+        self.touched.append((view, node))
+
+    def _detach(self, view: GraphView, node: NodeProto) -> None:
+        for name in filter(None, node.output):
+            del view._producer[name]
+            view._gone.add(name)
+        for index, name in enumerate(node.input):
+            if name:
+                view._drop_use(node, index, name)
+        for child in view._children.pop(id(node), ()):
+            child.drop_captures()
+        del view._nodes[id(node)]
+        view._dead[id(node)] = node
+        self.bytes -= node.ByteSize()
+        self.nodes -= 1 + _inner_nodes(node)
+
+    def set_input(self, view: GraphView, node: NodeProto, index: int, name: str) -> None:
+        length = len(node.input)
+        old = node.input[index] if index < length else ""
+        if old == name:
+            return
+        if old:
+            home = view.home(old)
+            view._drop_use(node, index, old)
+            if home is not None:
+                self.freed.append((home, old))
+        node.input.extend([""] * (index + 1 - length))
+        node.input[index] = name
+        if name:
+            view._add_use(node, index, name)
+        self.undo.append(lambda: self._unset_input(view, node, index, old, length))
+        self.touched.append((view, node))
+
+    def _unset_input(
+        self, view: GraphView, node: NodeProto, index: int, old: str, length: int
+    ) -> None:
+        if node.input[index]:
+            view._drop_use(node, index, node.input[index])
+        node.input[index] = old
+        del node.input[length:]
+        if old:
+            view._add_use(node, index, old)
+
+    def set_attribute(
+        self, view: GraphView, node: NodeProto, name: str, value: Any
+    ) -> None:
+        before = [
+            AttributeProto.FromString(a.SerializeToString()) for a in node.attribute
+        ]
+        size = node.ByteSize()
+        kept = [a for a in before if a.name != name]
+        if value is not None:
+            kept.append(attributes.make(name, value))
+        _replace_all(node.attribute, kept)
+        self.bytes += node.ByteSize() - size
+        self.undo.append(lambda: _replace_all(node.attribute, before))
+        self.touched.append((view, node))
+
+    def bypass(self, view: GraphView, node: NodeProto, values: Mapping[str, str]) -> None:
+        for old, new in values.items():
+            if old in view._pinned:
+                raise Refused(f"{old!r} is passed through by an inner scope")
+            for use in view.uses(old):
+                if use.view.home(new) is not view.home(new):
+                    raise Refused(f"{new!r} means another value in an inner scope")
+                self.set_input(use.view, use.node, use.index, new)
+        self.erase(view, node)
+        for old, new in values.items():
+            if view.is_output(old):
+                self._rename(view, new, old)
+
+    def _rename(self, view: GraphView, old: str, new: str) -> None:
+        """Let the producer of `old` make the scope's output `new` instead."""
+        maker = view.producer(old)
+        if maker is None:
+            raise Refused(f"output {new!r} would be an input or a constant of the graph")
+        if view.is_output(old) or old in view._pinned:
+            raise Refused(f"output {new!r} would be the same value as {old!r}")
+        if any(use.view.home(new) not in (None, view) for use in view.uses(old)):
+            raise Refused(f"{new!r} means another value in an inner scope")
+        index = list(maker.output).index(old)
+        # both names are defined while the readers move, forwards and backwards alike
+        self._set_output(view, maker, index, new)
+        self.undo.append(lambda: view._producer.pop(new))
+        for use in view.uses(old):
+            self.set_input(use.view, use.node, use.index, new)
+        view._producer.pop(old)
+        view._gone.add(old)
+        self.undo.append(lambda: self._set_output(view, maker, index, old))
+        self.touched.append((view, maker))
+
+    def _set_output(
+        self, view: GraphView, maker: NodeProto, index: int, name: str
+    ) -> None:
+        _rename_shards(maker, maker.output[index], name)
+        maker.output[index] = name
+        view._producer[name] = maker
+
+    # ---- weights ----
+
+    def add_weight(self, view: GraphView, tensor: TensorProto, anchor: NodeProto) -> None:
+        graph, model = view.proto, view.model
+        old_format = model.proto.ir_version < 4
+        if isinstance(graph, FunctionProto) or (old_format and view.parent is not None):
+            # a function has no initializers, and before IR 4 one is an input as well,
+            # which a branch or a loop body cannot grow
+            value = TensorProto.FromString(tensor.SerializeToString())
+            value.ClearField("name")
+            node = helper.make_node("Constant", [], [tensor.name])
+            node.attribute.append(attributes.make("value", value))
+            self.insert(view, node, anchor)
+            return
+        if view.home(tensor.name) is view:
+            raise EditError(f"{tensor.name!r} is defined already")
+        graph.initializer.append(tensor)
+        kept = graph.initializer[-1]
+        view._weights[tensor.name] = kept
+        size = tensor_bytes(kept) + len(kept.name) + 16
+        self.bytes += size
+        if old_format:
+            graph.input.append(
+                helper.make_tensor_value_info(kept.name, kept.data_type, kept.dims)
+            )
+            view._given.add(kept.name)
+        self.undo.append(lambda: self._unadd_weight(view, graph, kept, old_format))
+        self.touched += [(use.view, use.node) for use in view.uses(kept.name)]
+
+    def _unadd_weight(
+        self, view: GraphView, graph: GraphProto, tensor: TensorProto, listed: bool
+    ) -> None:
+        del view._weights[tensor.name]
+        view._dead[id(tensor)] = tensor
+        if listed:
+            view._given.discard(tensor.name)
+            del graph.input[-1]
+
+    def drop_weight(self, view: GraphView, name: str) -> None:
+        tensor = view._weights[name]
+        graph = view.proto
+        assert isinstance(graph, GraphProto)
+        del view._weights[name]
+        view._dead[id(tensor)] = tensor
+        view._gone.add(name)
+        self.bytes -= tensor_bytes(tensor) + len(name) + 16
+        self.undo.append(lambda: _restore_weight(view, tensor))
+        self.undefined.append((view, name))
+        if name in view._given:
+            index = [value.name for value in graph.input].index(name)
+            value = type(graph.input[index])()
+            value.CopyFrom(graph.input[index])
+            del graph.input[index]
+            view._given.discard(name)
+            self.undo.append(lambda: _restore_input(view, graph, index, value))
+
+    def set_weight(self, view: GraphView, name: str, tensor: TensorProto) -> None:
+        home = view.home(name)
+        assert home is not None
+        maker = home.producer(name)
+        if maker is not None and constant_value(maker) is not None:
+            value = TensorProto.FromString(tensor.SerializeToString())
+            for attribute in list(maker.attribute):
+                self.set_attribute(home, maker, attribute.name, None)
+            self.set_attribute(home, maker, "value", value)
+        else:
+            kept = home._weights[name]
+            before = TensorProto.FromString(kept.SerializeToString())
+            self.bytes += tensor_bytes(tensor) - tensor_bytes(kept)
+            _set_payload(kept, tensor)
+            self.undo.append(lambda: kept.CopyFrom(before))
+        self.touched += [(use.view, use.node) for use in home.uses(name)]
+
+    def set_shape(
+        self, view: GraphView, name: str, elem_type: int, dims: Sequence[int | str | None]
+    ) -> None:
+        for value in view.proto.value_info:
+            if value.name == name:
+                before = type(value).FromString(value.SerializeToString())
+                value.type.CopyFrom(helper.make_tensor_type_proto(elem_type, dims))
+                self.undo.append(lambda v=value, b=before: v.CopyFrom(b))
+
+    # ---- finishing ----
+
+    def sweep(self) -> None:
+        """Take out what lost its last reader, and what only that needed."""
+        while self.freed:
+            view, name = self.freed.pop()
+            if view.is_used(name):
+                continue
+            maker = view.producer(name)
+            if maker is not None:
+                if view.is_removable(maker):
+                    self.erase(view, maker)
+            elif name in view._weights and view.is_droppable(name):
+                self.drop_weight(view, name)
+
+    def check(self) -> None:
+        """Raise where a value lost its definition but not its readers, or on a cycle."""
+        for view, name in self.undefined:
+            if view.is_used(name) and view.home(name) is not view:
+                raise EditError(f"{view.scope}: {name!r} is read but nothing makes it")
+        for view, node in self._touched_outwards():
+            if view.is_out_of_order(node) and view.depends_on_itself(node):
+                raise Refused(f"{view.label(node)} would depend on itself")
+
+
+def _reads(
+    view: GraphView, node: NodeProto, children: Iterable[GraphView]
+) -> list[tuple[GraphView, str]]:
+    """The values that a node reads, with the scopes that define them."""
+    names = [*node.input, *(name for child in children for name in child.captures())]
+    found = [(view.home(name), name) for name in names if name]
+    return [(home, name) for home, name in found if home is not None]
+
+
+def _inner_nodes(node: NodeProto) -> int:
+    if not node.attribute:
+        return 0
+    return sum(
+        len(graph.node) + sum(map(_inner_nodes, graph.node))
+        for _, graph in attributes.subgraphs(node)
+    )
+
+
+def _replace_all(field: Any, items: Iterable[AttributeProto]) -> None:
+    del field[:]
+    field.extend(items)
+
+
+def _set_payload(tensor: TensorProto, new: TensorProto) -> None:
+    """Give `tensor` the payload of `new`; name, doc string and metadata stay."""
+    kept = TensorProto(name=tensor.name, doc_string=tensor.doc_string)
+    kept.metadata_props.extend(tensor.metadata_props)
+    tensor.CopyFrom(new)
+    tensor.MergeFrom(kept)
+
+
+def _restore_weight(view: GraphView, tensor: TensorProto) -> None:
+    view._weights[tensor.name] = tensor
+    view._dead.pop(id(tensor), None)
+
+
+def _restore_input(view: GraphView, graph: GraphProto, index: int, value: Any) -> None:
+    graph.input.insert(index, value)
+    view._given.add(value.name)
+
+
+def _rename_shards(node: NodeProto, old: str, new: str) -> None:
+    """Keep multi-device annotations true to a renamed value."""
+    for configuration in getattr(node, "device_configurations", ()):
+        for spec in configuration.sharding_spec:
+            if spec.tensor_name == old:
+                spec.tensor_name = new

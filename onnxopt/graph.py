@@ -1,0 +1,508 @@
+"""GraphView: the def-use index over one scope.
+
+A scope is the main graph, a subgraph of an If, Loop or Scan, or a function body. The
+view answers who makes a value and who reads it (captures by inner scopes count), keeps
+the index true while `onnxopt.edit` changes the protobuf, and logs which nodes changed,
+so that a pass revisits only those.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, MutableSequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from onnx import FunctionProto, GraphProto, NodeProto, TensorProto, helper
+
+from onnxopt import attributes
+from onnxopt.errors import InvalidModelError
+from onnxopt.weights import Array
+
+if TYPE_CHECKING:
+    from onnxopt.edit import Edit
+    from onnxopt.model import Model
+
+Shape = tuple[int | str | None, ...]
+
+
+class Use(NamedTuple):
+    """Input slot `index` of `node`, which stands in `view` (an inner scope captures)."""
+
+    node: NodeProto
+    index: int
+    view: GraphView
+
+
+class GraphView:
+    """One scope of a model: an index to ask, and `apply` to change it."""
+
+    def __init__(
+        self,
+        model: Model,
+        proto: GraphProto | FunctionProto,
+        scope: str,
+        parent: GraphView | None = None,
+        owner: NodeProto | None = None,
+    ) -> None:
+        self.model = model
+        self.proto = proto
+        self.scope = scope
+        self.parent = parent
+        self.owner = owner
+        self.changes: list[NodeProto] = []
+        self._nodes: dict[int, NodeProto] = {}
+        self._rank: dict[int, tuple[int, int]] = {}
+        self._children: dict[int, list[GraphView]] = {}
+        self._producer: dict[str, NodeProto] = {}
+        self._weights: dict[str, TensorProto] = {}
+        self._given: set[str] = set()
+        self._outputs: dict[str, int] = {}
+        self._pinned: set[str] = set()
+        self._uses: dict[str, dict[tuple[int, int], Use]] = {}
+        self._dead: dict[int, NodeProto | TensorProto] = {}
+        self._gone: set[str] = set()
+        self._unordered = False  # some rank contradicts a dependency
+        self._misplaced = False  # the protobuf's order contradicts the ranks
+        self._cursors: dict[object, int] = {}
+        self._index()
+
+    # ---- asking ----
+
+    @property
+    def is_function(self) -> bool:
+        """Whether this is a function body: no initializers, facts hold per call site."""
+        return isinstance(self.proto, FunctionProto)
+
+    def opset(self, domain: str = "") -> int:
+        """The version of an operator set that this scope imports; 0 where it does not."""
+        return self.model.opset(self, domain)
+
+    def nodes(self) -> list[NodeProto]:
+        """The scope's nodes in topological order."""
+        self.settle()
+        return list(self.proto.node)
+
+    def children(self) -> Iterator[GraphView]:
+        """The views of the subgraphs directly inside this scope."""
+        for views in self._children.values():
+            yield from views
+
+    def op(self, node: NodeProto) -> str:
+        """`Conv` for a standard operator, `domain::Conv` for one of another domain.
+
+        A call of a model-local function is never a standard operator.
+        """
+        if self.model.is_call(node):
+            return f"{node.domain}::{node.op_type}()"
+        if node.domain in ("", "ai.onnx"):
+            return node.op_type
+        return f"{node.domain}::{node.op_type}"
+
+    def producer(self, name: str) -> NodeProto | None:
+        """The node of this scope that makes `name`; None for inputs, weights, captures."""
+        return self._producer.get(name)
+
+    def uses(self, name: str) -> list[Use]:
+        """Every node input that reads `name`, in this scope and inside it."""
+        return list(self._uses.get(name, {}).values())
+
+    def is_output(self, name: str) -> bool:
+        """Whether `name` leaves this scope as one of its outputs."""
+        return name in self._outputs
+
+    def is_used(self, name: str) -> bool:
+        """Whether anything at all depends on `name`."""
+        return bool(self._uses.get(name)) or name in self._outputs or name in self._pinned
+
+    def only_use(self, name: str) -> Use | None:
+        """The one reader of `name`, None where others (an output too) depend on it."""
+        uses = self._uses.get(name, {})
+        if len(uses) != 1 or name in self._outputs or name in self._pinned:
+            return None
+        return next(iter(uses.values()))
+
+    def outputs(self) -> list[str]:
+        """The names of the scope's outputs, in order."""
+        if isinstance(self.proto, FunctionProto):
+            return list(self.proto.output)
+        return [value.name for value in self.proto.output]
+
+    def home(self, name: str) -> GraphView | None:
+        """The innermost scope from here outwards that defines `name`."""
+        view: GraphView | None = self
+        while view is not None:
+            if name in view._producer or name in view._given or name in view._weights:
+                return view
+            view = view.parent
+        return None
+
+    def weight(self, name: str) -> TensorProto | None:
+        """The constant tensor called `name`: an initializer or a Constant node's value.
+
+        None where the caller of the model may override it, and for sparse tensors.
+        """
+        home = self.home(name)
+        if home is None:
+            return None
+        tensor = home._weights.get(name)
+        if tensor is not None:
+            return None if home._is_overridable(name) else tensor
+        node = home._producer.get(name)
+        return constant_value(node) if node is not None else None
+
+    def array(self, name: str) -> Array | None:
+        """The constant called `name` as an array; None where `weight` has none."""
+        tensor = self.weight(name)
+        return None if tensor is None else self.model.weights.array(tensor)
+
+    def shape(self, name: str) -> Shape | None:
+        """The inferred dims of `name` (int, symbol, or None where unknown)."""
+        return self.model.shapes.shape(self, name)
+
+    def dtype(self, name: str) -> int | None:
+        """The inferred ONNX element type of `name`."""
+        return self.model.shapes.dtype(self, name)
+
+    def fresh(self, hint: str) -> str:
+        """A value name that no scope of the model uses."""
+        return self.model.fresh(hint)
+
+    def label(self, node: NodeProto) -> str:
+        """How reports call a node."""
+        return node.name or f"{node.op_type}:{next(filter(None, node.output), '')}"
+
+    @property
+    def is_unordered(self) -> bool:
+        """Whether some node stands before one that it depends on."""
+        return self._unordered
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the node that holds this scope, if one does, is still in the model."""
+        if self.parent is None or self.owner is None:
+            return True
+        return self.parent.holds(self.owner) and self.parent.is_attached
+
+    def pin(self, names: Iterable[str]) -> None:
+        """Keep values that something outside the graph refers to by name."""
+        self._pinned.update(names)
+
+    def children_of(self, node: NodeProto) -> list[GraphView]:
+        """The views of a node's subgraphs, in attribute order."""
+        return self._children.get(id(node), [])
+
+    def holds(self, node: NodeProto) -> bool:
+        """Whether `node` is still part of this scope."""
+        return self._nodes.get(id(node)) is node
+
+    def is_removable(self, node: NodeProto) -> bool:
+        """Whether nothing reads the outputs of `node` and running it has no effect."""
+        if any(self.is_used(name) for name in node.output if name):
+            return False
+        return self.model.is_pure(node)
+
+    def is_droppable(self, name: str) -> bool:
+        """Whether initializer `name` may go, read or not: it is not an optional input."""
+        return name in self._weights and not self._is_overridable(name)
+
+    def initializers(self) -> list[TensorProto]:
+        """The initializers of this scope."""
+        return list(self._weights.values())
+
+    # ---- visiting and changing ----
+
+    def visit(self, owner: object, ops: Collection[str] = ()) -> Iterator[NodeProto]:
+        """Nodes to look at: all of them once, then only what changed and its neighbours.
+
+        `owner` (hashable) tells whose visit this is; `ops` restricts it to operators
+        as `op` names them. Nodes that an edit touches during the visit come again, so
+        a pass needs no loop of its own. Nodes whose attributes are references to a
+        function's attributes are left out: their values differ by call site.
+        """
+        start = self._cursors.get(owner)
+        queue = deque(self.nodes() if start is None else self._around(start))
+        seen, budget = len(self.changes), 1000 + 60 * len(self._nodes)
+        while queue:
+            node = queue.popleft()
+            if id(node) in self._nodes and (not ops or self.op(node) in ops):
+                budget -= 1
+                if budget < 0:
+                    raise RuntimeError(f"{owner} does not settle in scope {self.scope}")
+                if not (node.attribute and attributes.has_references(node)):
+                    yield node
+            if len(self.changes) > seen:
+                queue.extend(self._around(seen))
+                seen = len(self.changes)
+        self._cursors[owner] = len(self.changes)
+
+    def apply(self, edit: Edit, why: str) -> bool:
+        """Carry out `edit`, whole or not at all; False where it may not be done.
+
+        The reason of a refusal (growth, bisect limit, an interface that would change)
+        goes to the report.
+        """
+        return edit.commit(why)
+
+    def skip(self, node: NodeProto, reason: str) -> None:
+        """Record that the running pass declines to rewrite `node`."""
+        self.model.ledger.skip(self, node, reason)
+
+    def settle(self) -> None:
+        """Take what is dead out of the protobuf and restore the topological order."""
+        if self._dead:
+            _compact(self.proto.node, self._dead)
+            if isinstance(self.proto, GraphProto):
+                _compact(self.proto.initializer, self._dead)
+            self._dead.clear()
+        if self._gone:
+            self._forget_gone()
+        if self._unordered:
+            rank = {key: index for index, key in enumerate(self._topological())}
+            self.proto.node.sort(key=lambda node: rank[id(node)])
+            self._rank = {key: (index, 0) for key, index in rank.items()}
+        elif self._misplaced:
+            self.proto.node.sort(key=lambda node: self._rank[id(node)])
+        self._unordered = self._misplaced = False
+
+    # ---- the index ----
+
+    def _index(self) -> None:
+        graph = self.proto
+        if isinstance(graph, FunctionProto):
+            self._given.update(graph.input)
+            names: Iterable[str] = graph.output
+        else:
+            self._given.update(value.name for value in graph.input)
+            self._given.update(item.values.name for item in graph.sparse_initializer)
+            self._weights = {tensor.name: tensor for tensor in graph.initializer}
+            names = (value.name for value in graph.output)
+            self._pinned.update(_annotated(graph))
+        for name in names:
+            self._outputs[name] = self._outputs.get(name, 0) + 1
+        for position, node in enumerate(graph.node):
+            self._nodes[id(node)] = node
+            self._rank[id(node)] = (position, 0)
+            for name in node.output:
+                if name:
+                    self._define(name, node)
+        self.model.names.update(self._producer, self._given, self._weights)
+        for node in graph.node:
+            self._connect(node)
+        for name in self._outputs:
+            self._pin_capture(name)
+
+    def _define(self, name: str, node: NodeProto) -> None:
+        if name in self._producer or name in self._given or name in self._weights:
+            raise InvalidModelError(
+                f"{self.scope}: value {name!r} is defined twice (by {self.label(node)})"
+            )
+        self._producer[name] = node
+
+    def _pin_capture(self, name: str) -> None:
+        """A scope may pass an outer value straight through: the outer name must stay."""
+        home = self.home(name)
+        if home is None:
+            raise InvalidModelError(f"{self.scope}: nothing makes its output {name!r}")
+        if home is not self:
+            home._pinned.add(name)
+
+    def _connect(self, node: NodeProto) -> None:
+        """Record what `node` reads, and build the views of its subgraphs."""
+        for index, name in enumerate(node.input):
+            if name:
+                self._add_use(node, index, name)
+        for label, graph in attributes.subgraphs(node) if node.attribute else ():
+            scope = f"{self.scope}/{self.label(node)}:{label}"
+            child = GraphView(self.model, graph, scope, self, node)
+            self._children.setdefault(id(node), []).append(child)
+
+    def _add_use(self, node: NodeProto, index: int, name: str) -> None:
+        home = self.home(name)
+        if home is None:
+            raise InvalidModelError(
+                f"{self.scope}: {self.label(node)} reads {name!r}, which nothing makes"
+            )
+        home._uses.setdefault(name, {})[id(node), index] = Use(node, index, self)
+        maker, reader = home._producer.get(name), self.ancestor(home, node)
+        if maker is not None and home._rank[id(maker)] >= home._rank[id(reader)]:
+            home._unordered = True
+
+    def ancestor(self, outer: GraphView, node: NodeProto) -> NodeProto:
+        """`node` itself, or the node of scope `outer` whose subgraph it stands in."""
+        view = self
+        while view is not outer and view.parent is not None and view.owner is not None:
+            view, node = view.parent, view.owner
+        return node
+
+    def _drop_use(self, node: NodeProto, index: int, name: str) -> None:
+        home = self.home(name)
+        if home is not None:
+            home._uses.get(name, {}).pop((id(node), index), None)
+
+    def _is_overridable(self, name: str) -> bool:
+        """Whether initializer `name` is a default that the model's caller may replace."""
+        return name in self._given and self.model.proto.ir_version >= 4
+
+    def _around(self, start: int) -> list[NodeProto]:
+        """The nodes logged since `start`, and those next to them, each once."""
+        found: dict[int, NodeProto] = {}
+        for node in self.changes[start:]:
+            if id(node) not in self._nodes:
+                continue
+            found[id(node)] = node
+            for name in node.input:
+                maker = self._producer.get(name)
+                if maker is not None:
+                    found.setdefault(id(maker), maker)
+            for name in node.output:
+                for use in self._uses.get(name, {}).values():
+                    if use.view is self:
+                        found.setdefault(id(use.node), use.node)
+        return list(found.values())
+
+    def _sources(self, node: NodeProto) -> Iterator[NodeProto]:
+        """The nodes of this scope that `node` depends on, captures included."""
+        for name in node.input:
+            maker = self._producer.get(name)
+            if maker is not None:
+                yield maker
+        for child in self._children.get(id(node), ()):
+            for name in child.captures():
+                maker = self._producer.get(name)
+                if maker is not None:
+                    yield maker
+
+    def captures(self) -> Iterator[str]:
+        """Names that this scope, and those inside it, read from outer scopes."""
+        for node in self._nodes.values():
+            for name in node.input:
+                if name and self.home(name) is not self:
+                    yield name
+            for child in self._children.get(id(node), ()):
+                for name in child.captures():
+                    if self.home(name) is not self:
+                        yield name
+        for name in self._outputs:
+            if self.home(name) is not self:
+                yield name
+
+    def _topological(self) -> list[int]:
+        """Node ids in topological order, by rank where the order leaves a choice.
+
+        Raises InvalidModelError on a cycle.
+        """
+        order: list[int] = []
+        state: dict[int, bool] = {}  # False while its sources are being placed
+        by_rank = sorted(self._nodes, key=self._rank.__getitem__)
+        for root in by_rank:
+            stack = []
+            if root not in state:
+                state[root] = False
+                stack = [(root, self._sources(self._nodes[root]))]
+            while stack:
+                key, sources = stack[-1]
+                for maker in sources:
+                    known = state.get(id(maker))
+                    if known is False:
+                        raise InvalidModelError(
+                            f"{self.scope}: {self.label(maker)} depends on itself"
+                        )
+                    if known is None:
+                        state[id(maker)] = False
+                        stack.append((id(maker), self._sources(maker)))
+                        break
+                else:
+                    state[key] = True
+                    order.append(key)
+                    stack.pop()
+        return order
+
+    def is_out_of_order(self, node: NodeProto) -> bool:
+        """Whether `node` depends on one that ranks after it."""
+        if not self.holds(node):
+            return False
+        rank = self._rank[id(node)]
+        return any(self._rank[id(maker)] >= rank for maker in self._sources(node))
+
+    def depends_on_itself(self, node: NodeProto) -> bool:
+        """Whether there is a cycle through `node`."""
+        stack, seen = [node], set[int]()
+        while stack:
+            for maker in self._sources(stack.pop()):
+                if maker is node:
+                    return True
+                if id(maker) not in seen:
+                    seen.add(id(maker))
+                    stack.append(maker)
+        return False
+
+    def _outer_uses(self) -> Iterator[tuple[GraphView, str, Use]]:
+        """What this scope and those inside it read from elsewhere."""
+        for node in self._nodes.values():
+            for index, name in enumerate(node.input):
+                home = self.home(name) if name else None
+                if home is not None and home is not self:
+                    yield home, name, Use(node, index, self)
+        for child in self.children():
+            yield from child._outer_uses()
+
+    def drop_captures(self) -> None:
+        """Take this scope's reads of outer values out of the index."""
+        for home, name, use in self._outer_uses():
+            home._uses.get(name, {}).pop((id(use.node), use.index), None)
+
+    def add_captures(self) -> None:
+        """Put them back."""
+        for home, name, use in self._outer_uses():
+            home._uses.setdefault(name, {})[id(use.node), use.index] = use
+
+    def _forget_gone(self) -> None:
+        """Drop value_info and annotations of values that no longer exist."""
+        gone = {name for name in self._gone if self.home(name) is not self}
+        self._gone.clear()
+        for index in range(len(self.proto.value_info) - 1, -1, -1):
+            if self.proto.value_info[index].name in gone:
+                del self.proto.value_info[index]
+        if isinstance(self.proto, GraphProto):
+            annotations = self.proto.quantization_annotation
+            for index in range(len(annotations) - 1, -1, -1):
+                if annotations[index].tensor_name in gone:
+                    del annotations[index]
+
+
+def constant_value(node: NodeProto) -> TensorProto | None:
+    """The value of a Constant node as a tensor; None for other nodes and sparse values."""
+    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
+        return None
+    if len(node.attribute) != 1 or node.attribute[0].ref_attr_name:
+        return None
+    attribute = node.attribute[0]
+    value = helper.get_attribute_value(attribute)
+    match attribute.name:
+        case "value":
+            return value if isinstance(value, TensorProto) else None
+        case "value_int" | "value_ints":
+            kind = TensorProto.INT64
+        case "value_float" | "value_floats":
+            kind = TensorProto.FLOAT
+        case "value_string" | "value_strings":
+            kind = TensorProto.STRING
+        case _:
+            return None
+    many = attribute.name.endswith("s")
+    items = list(value) if many else [value]
+    return helper.make_tensor("", kind, [len(items)] if many else [], items)
+
+
+def _annotated(graph: GraphProto) -> Iterator[str]:
+    """The scales and zero points that quantization annotations name."""
+    for annotation in graph.quantization_annotation:
+        for entry in annotation.quant_parameter_tensor_names:
+            yield entry.value
+
+
+def _compact(items: MutableSequence[Any], dead: Collection[int]) -> None:
+    """Delete the items whose ids are in `dead` from a repeated field, last first."""
+    indices = [index for index, item in enumerate(items) if id(item) in dead]
+    for index in reversed(indices):
+        del items[index]

@@ -1,0 +1,87 @@
+"""The ledger: what each pass did and declined, and what edits are still allowed."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from onnx import NodeProto
+
+from onnxopt.report import Guarantee, PassReport, Skip
+
+if TYPE_CHECKING:
+    from onnxopt.graph import GraphView
+
+log = logging.getLogger("onnxopt.edit")
+
+GROWTH_FLOOR = 1_000_000
+GROWTH_FACTOR = 1.02
+
+
+class Ledger:
+    """Counts edits per pass, keeps to the growth budget and to the bisect limit.
+
+    The budget is one for the whole run: at no moment may the model be larger than
+    max(1 MB, 1.02 x `start_bytes`); None leaves growth unchecked. `limit` refuses
+    every edit after that many, so that a wrong one can be found by bisection.
+    """
+
+    def __init__(self, start_bytes: int | None = None, limit: int | None = None) -> None:
+        self.edits = 0
+        self.limit = limit
+        self.bytes = start_bytes or 0
+        self.most_bytes = (
+            None
+            if start_bytes is None
+            else max(GROWTH_FLOOR, int(start_bytes * GROWTH_FACTOR), start_bytes)
+        )
+        self._reports: dict[str, PassReport] = {}
+        self._skips: dict[str, dict[tuple[str, int], tuple[GraphView, NodeProto, str]]]
+        self._skips = {}
+        self._running = ""
+
+    def begin(self, name: str, guarantee: Guarantee) -> None:
+        """From now on, edits and skips are those of pass `name`."""
+        self._running = name
+        self._reports.setdefault(name, PassReport(name=name, guarantee=guarantee))
+        self._skips.setdefault(name, {})
+
+    def refusal(self, growth: int) -> str | None:
+        """Why an edit that adds `growth` bytes may not be done; None where it may."""
+        if self.limit is not None and self.edits >= self.limit:
+            return "the bisect limit is reached"
+        if self.most_bytes is None or growth <= 0:
+            return None
+        if self.bytes + growth > self.most_bytes:
+            return f"the model would outgrow its budget (by {growth:,} bytes here)"
+        return None
+
+    def record(
+        self, graph: GraphView, node: NodeProto, why: str, nodes: int, growth: int
+    ) -> None:
+        """Count an edit that was done: the change in nodes and in bytes."""
+        self.edits += 1
+        self.bytes += growth
+        log.debug("#%d %s: %s at %s", self.edits, self._running, why, graph.label(node))
+        report = self._reports.get(self._running)
+        if report is not None:
+            report.edits += 1
+            report.nodes += nodes
+            report.bytes += growth
+            self._skips[self._running].pop((graph.scope, id(node)), None)
+
+    def skip(self, graph: GraphView, node: NodeProto, reason: str) -> None:
+        """Record that the running pass left `node` alone."""
+        skips = self._skips.get(self._running)
+        if skips is not None:
+            skips[graph.scope, id(node)] = graph, node, reason
+
+    def reports(self) -> list[PassReport]:
+        """One report a pass, in the order of the first run; skips of living nodes only."""
+        for name, report in self._reports.items():
+            report.skipped = [
+                Skip(node=graph.label(node), scope=graph.scope, reason=reason)
+                for graph, node, reason in self._skips[name].values()
+                if graph.holds(node)
+            ]
+        return list(self._reports.values())

@@ -1,0 +1,106 @@
+"""Pass and PassManager: what a pass is, and how a pipeline of them runs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from onnxopt import verifier
+from onnxopt.evaluate import Evaluator
+from onnxopt.graph import GraphView
+from onnxopt.model import Model
+from onnxopt.report import Guarantee
+from onnxopt.target import TARGETS, Target
+
+log = logging.getLogger("onnxopt.manager")
+
+MAX_ROUNDS = 12
+
+
+@dataclass
+class Context:
+    """What a pass may ask besides the graph."""
+
+    target: Target = TARGETS["onnx"]
+    evaluator: Evaluator = field(default_factory=Evaluator)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One rewrite. Its dataclass fields are its parameters in recipes and pipelines.
+
+    `guarantee` is what it promises: `bitwise`, `equivalent` or `lossy`.
+    """
+
+    name: ClassVar[str]
+    guarantee: ClassVar[Guarantee]
+
+    def run(self, graph: GraphView, context: Context) -> None:
+        """Rewrite one scope; the manager calls it for each, inner ones after outer."""
+        raise NotImplementedError
+
+    def run_model(self, model: Model, context: Context) -> None:
+        """Rewrite the model: by default scope by scope."""
+        for view in list(model.views()):
+            if view.is_attached:
+                self.run(view, context)
+
+
+Observer = Callable[[Pass, Model, int], None]
+"""Told after each run of a pass: the pass, the model, the number of edits it made."""
+
+
+class PassManager:
+    """Runs a pipeline to its fixed point, with a bound, verifying after each pass.
+
+    `verify_each` also rebuilds every index from the protobuf and compares.
+    """
+
+    def __init__(
+        self,
+        passes: Sequence[Pass],
+        *,
+        verify_each: bool = False,
+        observer: Observer | None = None,
+        max_rounds: int = MAX_ROUNDS,
+    ) -> None:
+        self.passes = passes
+        self.verify_each = verify_each
+        self.observer = observer
+        self.max_rounds = max_rounds
+        self.seconds: dict[str, float] = {}
+
+    def run(self, model: Model, context: Context | None = None) -> None:
+        """Run until a whole round makes no edit.
+
+        Raises verifier.BrokenGraphError, naming the pass, where a pass broke the graph.
+        """
+        context = context or Context()
+        idle = rounds = 0
+        while self.passes and idle < len(self.passes):
+            if rounds == self.max_rounds * len(self.passes):
+                model.notes.append(f"no fixed point after {self.max_rounds} rounds")
+                break
+            edits = self._run_one(self.passes[rounds % len(self.passes)], model, context)
+            idle = 0 if edits else idle + 1
+            rounds += 1
+        model.settle()
+
+    def _run_one(self, pass_: Pass, model: Model, context: Context) -> int:
+        ledger = model.ledger
+        before, started = ledger.edits, time.process_time()
+        ledger.begin(pass_.name, pass_.guarantee)
+        pass_.run_model(model, context)
+        edits = ledger.edits - before
+        if edits:
+            model.settle()
+            verifier.verify(model, f"after {pass_.name}", rebuild=self.verify_each)
+        taken = time.process_time() - started
+        self.seconds[pass_.name] = self.seconds.get(pass_.name, 0.0) + taken
+        log.info("%s: %d edits in %.3f s", pass_.name, edits, taken)
+        if self.observer is not None:
+            self.observer(pass_, model, edits)
+        return edits

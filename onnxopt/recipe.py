@@ -1,0 +1,121 @@
+"""Pipelines: a textual form for the command line, and YAML recipes.
+
+    identity,fold-constants{max_bytes=1000000}
+
+    target: ort-cpu
+    passes:
+      - identity
+      - fold-constants: {max_bytes: 1000000}
+
+A recipe's keys and a pass's parameters are strict: an unknown one is an error that
+names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from onnxopt.errors import UsageError
+from onnxopt.manager import Pass
+from onnxopt.passes import PASSES, PIPELINES
+
+Step = str | dict[str, dict[str, Any] | None]
+
+
+class Recipe(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """What a YAML recipe may say. None leaves the choice to the caller."""
+
+    passes: list[Step] = []
+    target: str | None = None
+    opset: int | None = None
+    name: str | None = None
+
+
+def pass_table() -> dict[str, type[Pass]]:
+    """Every pass by name: ours, then those of the entry-point group `onnxopt.passes`."""
+    table = dict(PASSES)
+    for entry in importlib.metadata.entry_points(group="onnxopt.passes"):
+        if entry.name not in table:
+            table[entry.name] = entry.load()
+    return table
+
+
+def make_pass(name: str, parameters: Mapping[str, Any] | None = None) -> Pass:
+    """The pass called `name` with its parameters; raises UsageError naming what is wrong."""
+    table = pass_table()
+    if name not in table:
+        raise UsageError(f"unknown pass {name!r}; there are {', '.join(sorted(table))}")
+    kind, values = table[name], dict(parameters or {})
+    known = {item.name for item in dataclasses.fields(kind)}
+    for key in values:
+        if key not in known:
+            raise UsageError(
+                f"pass {name!r} has no parameter {key!r}"
+                + (f"; it has {', '.join(sorted(known))}" if known else "")
+            )
+    try:
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"pass {name!r}: {error}") from None
+
+
+def parse_pipeline(text: str) -> list[Pass]:
+    """The passes that `a,b{x=1,y=2}` names; an empty text is the empty pipeline."""
+    passes, rest = [], text.strip()
+    while rest:
+        found = re.match(r"\s*([\w.-]+)\s*(?:\{([^{}]*)\})?\s*(?:,|$)", rest)
+        if found is None:
+            raise UsageError(f"cannot read the pipeline at {rest!r}; write a,b{{x=1}}")
+        passes.append(make_pass(found[1], _parameters(found[2] or "")))
+        rest = rest[found.end() :]
+    return passes
+
+
+def _parameters(text: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for item in re.findall(r"[^\s,]+", text):
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise UsageError(f"cannot read the parameter {item!r}; write name=value")
+        values[key.replace("-", "_")] = yaml.safe_load(value)
+    return values
+
+
+def load_recipe(name: str) -> tuple[list[Pass], Recipe]:
+    """A named pipeline (`default`, `simplify`...) or a YAML file's."""
+    if name in PIPELINES:
+        return [make_pass(step) for step in PIPELINES[name]], Recipe(name=name)
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        raise UsageError(
+            f"unknown recipe {name!r}; there are {', '.join(PIPELINES)}, or a .yaml file"
+        )
+    try:
+        recipe = msgspec.convert(yaml.safe_load(path.read_text("utf-8")), Recipe)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    except (msgspec.ValidationError, yaml.YAMLError, UnicodeDecodeError) as error:
+        text = " ".join(str(error).split())
+        raise UsageError(f"recipe {path}: {text}") from None
+    return make_passes(recipe.passes), recipe
+
+
+def make_passes(steps: Sequence[Step]) -> list[Pass]:
+    """Passes from a recipe's steps: `name`, or `{name: {parameter: value}}`."""
+    passes = []
+    for step in steps:
+        if isinstance(step, str):
+            passes.append(make_pass(step))
+        elif len(step) == 1:
+            passes += [make_pass(name, values) for name, values in step.items()]
+        else:
+            raise UsageError(f"a step names one pass, not {len(step)}: {', '.join(step)}")
+    return passes

@@ -1,0 +1,130 @@
+"""Shapes and dtypes of values, by ONNX shape inference over the whole model.
+
+What the model declares about inner values and outputs is left out of the question:
+declared ranks are sometimes wrong, and a rewrite may only rest on what is inferred.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from onnx import GraphProto, ModelProto, TypeProto, ValueInfoProto, shape_inference
+
+from onnxopt import attributes
+from onnxopt.weights import WeightStore, place, tensor_bytes
+from onnxopt.wire import MIN_PAYLOAD
+
+if TYPE_CHECKING:
+    from onnxopt.graph import GraphView, Shape
+    from onnxopt.model import Model
+
+log = logging.getLogger("onnxopt.shapes")
+
+Known = dict[str, tuple[int, "Shape | None"]]
+
+
+class Shapes:
+    """Answers for every scope; inference runs when asked for a value that is new.
+
+    Facts in a function body hold per call site, so nothing is known there.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._known: dict[int, Known] = {}
+        self._version = -1
+
+    def shape(self, view: GraphView, name: str) -> Shape | None:
+        """Dims of `name` (int, symbol or None each), None where even the rank is open."""
+        found = self._find(view, name)
+        return found[1] if found else None
+
+    def dtype(self, view: GraphView, name: str) -> int | None:
+        """ONNX element type of `name`, None where unknown."""
+        found = self._find(view, name)
+        return found[0] if found and found[0] else None
+
+    def _find(self, view: GraphView, name: str) -> tuple[int, Shape | None] | None:
+        home = view.home(name)
+        if home is None:
+            return None
+        tensor = home.weight(name)
+        if tensor is not None:
+            return tensor.data_type, tuple(tensor.dims)
+        if home.is_function:
+            return None
+        known = self._known.get(id(home), {}).get(name)
+        if known is None and self._version != self._model.version:
+            self._infer()
+            known = self._known.get(id(home), {}).get(name)
+        return known
+
+    def _infer(self) -> None:
+        self._version = self._model.version
+        self._known = {}
+        for view in self._model.views():
+            view.settle()
+        try:
+            inferred = shape_inference.infer_shapes(_bare(self._model), data_prop=True)
+        except (shape_inference.InferenceError, ValueError) as error:
+            log.info("shape inference failed: %s", error)
+            return
+        self._read(self._model.main, inferred.graph)
+
+    def _read(self, view: GraphView, graph: GraphProto) -> None:
+        known: Known = {}
+        for value in (*graph.value_info, *graph.output, *graph.input):
+            found = _tensor_type(value)
+            if found is not None:
+                known[value.name] = found
+        self._known[id(view)] = known
+        if not any(view.children()):
+            return
+        for ours, theirs in zip(view.proto.node, graph.node, strict=True):
+            inner = attributes.subgraphs(theirs)
+            for child, (_, subgraph) in zip(view.children_of(ours), inner, strict=True):
+                self._read(child, subgraph)
+
+
+def _tensor_type(value: ValueInfoProto) -> tuple[int, Shape | None] | None:
+    if not value.type.HasField("tensor_type"):
+        return None
+    tensor = value.type.tensor_type
+    if not tensor.HasField("shape"):
+        return tensor.elem_type, None
+    dims = tuple(
+        dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None)
+        for dim in tensor.shape.dim
+    )
+    return tensor.elem_type, dims
+
+
+def _bare(model: Model) -> ModelProto:
+    """A copy for inference: small weights inline, large ones absent, nothing declared."""
+    copy = ModelProto()
+    copy.CopyFrom(model.proto)
+    _bare_graph(copy.graph, model.weights)
+    return copy
+
+
+def _bare_graph(graph: GraphProto, weights: WeightStore) -> None:
+    del graph.value_info[:]
+    for output in graph.output:
+        if output.type.HasField("tensor_type"):
+            output.type.CopyFrom(
+                TypeProto(
+                    tensor_type=TypeProto.Tensor(
+                        elem_type=output.type.tensor_type.elem_type
+                    )
+                )
+            )
+    for tensor in graph.initializer:
+        if place(tensor) is not None and tensor_bytes(tensor) < MIN_PAYLOAD:
+            payload = weights.read(tensor)
+            tensor.ClearField("data_location")
+            tensor.ClearField("external_data")
+            tensor.raw_data = payload
+    for node in graph.node:
+        for _, inner in attributes.subgraphs(node) if node.attribute else ():
+            _bare_graph(inner, weights)

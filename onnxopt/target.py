@@ -1,0 +1,46 @@
+"""Targets: which operators may be emitted for whom, and how QDQ is laid out."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+
+from onnxopt.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a deployment runtime runs well.
+
+    `domains` are those that a pass may emit beyond the model's own; `activation` and
+    `weight` are the 8-bit types of its QDQ layout (None: no QDQ on activations).
+    """
+
+    name: str
+    domains: frozenset[str] = frozenset({""})
+    activation: str | None = "uint8"
+    weight: str = "int8"
+
+
+_ORT = frozenset({"", "com.microsoft"})
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("onnx"),
+        Target("ort-cpu-x86", _ORT),
+        Target("ort-cpu-arm", _ORT, activation="int8"),
+        Target("ort-cuda", _ORT, activation=None),
+        Target("tensorrt", activation="int8"),
+    )
+}
+
+
+def target(name: str) -> Target:
+    """The target called `name`; `ort-cpu` is this machine's. Raises UsageError."""
+    if name == "ort-cpu":
+        arm = platform.machine().lower() in ("aarch64", "arm64")
+        name = "ort-cpu-arm" if arm else "ort-cpu-x86"
+    if name not in TARGETS:
+        known = ", ".join(sorted([*TARGETS, "ort-cpu"]))
+        raise UsageError(f"unknown target {name!r}; there are {known}")
+    return TARGETS[name]

@@ -1,0 +1,307 @@
+"""Where the weights lie, and how to read and write them.
+
+A TensorProto holds its payload inline, or names a place in a file: external data of
+the source model, the source file itself (see `onnxopt.wire`), or the spill file for
+large weights that passes wrote. `WeightStore` reads them all alike, on demand.
+
+Places of ours are external_data entries whose location starts with NUL, which no path
+can contain; `onnxopt.save` turns them into inline or external data.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+import tempfile
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from onnx import TensorProto, helper, numpy_helper
+
+from onnxopt.errors import InvalidModelError, UsageError
+
+Array = npt.NDArray[np.generic]
+
+CHUNK = 4 << 20
+SPILL_FROM = 1 << 20
+"""Weights that a pass wrote leave memory from this size on (bytes)."""
+
+_PACKED_BITS = {
+    TensorProto.INT4: 4,
+    TensorProto.UINT4: 4,
+    TensorProto.FLOAT4E2M1: 4,
+    **{
+        value: 2
+        for name, value in TensorProto.DataType.items()
+        if name in ("INT2", "UINT2")
+    },
+}
+
+
+class Place(NamedTuple):
+    """Bytes [offset, offset + length) of the file that `location` names."""
+
+    location: str
+    offset: int
+    length: int | None
+
+
+def place(tensor: TensorProto) -> Place | None:
+    """Where `tensor` says that its payload lies; None where it is inline.
+
+    Raises InvalidModelError where the entries do not say it.
+    """
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return None
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    try:
+        offset = int(entries.get("offset") or 0)
+        length = int(entries["length"]) if entries.get("length") else None
+    except ValueError:
+        raise InvalidModelError(
+            f"tensor {tensor.name!r}: offset or length of its external data is no number"
+        ) from None
+    if not entries.get("location") or offset < 0 or (length is not None and length < 0):
+        raise InvalidModelError(
+            f"tensor {tensor.name!r}: its external data has no valid location, "
+            "offset and length"
+        )
+    return Place(entries["location"], offset, length)
+
+
+def elements(tensor: TensorProto) -> int:
+    """How many elements the dims say."""
+    return math.prod(tensor.dims)
+
+
+def payload_bytes(data_type: int, count: int) -> int:
+    """Bytes of `count` elements of an ONNX dtype in raw form; 0 for strings."""
+    if data_type == TensorProto.STRING:
+        return 0
+    bits = _PACKED_BITS.get(data_type)
+    if bits is not None:
+        return (count * bits + 7) // 8
+    return count * helper.tensor_dtype_to_np_dtype(data_type).itemsize
+
+
+def tensor_bytes(tensor: TensorProto) -> int:
+    """Bytes of the payload of `tensor`, wherever it lies."""
+    if tensor.data_type == TensorProto.STRING:
+        return sum(len(item) for item in tensor.string_data)
+    return payload_bytes(tensor.data_type, elements(tensor))
+
+
+def set_place(tensor: TensorProto, where: Place) -> None:
+    """Make `tensor` name `where` instead of holding a payload."""
+    tensor.ClearField("raw_data")
+    tensor.ClearField("external_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key in ("location", "offset", "length"):
+        value = getattr(where, key)
+        if value is not None:
+            tensor.external_data.add(key=key, value=str(value))
+
+
+class _Source:
+    """An open file that payloads are read from, with what it looked like when opened."""
+
+    def __init__(self, file: BinaryIO, label: str) -> None:
+        self.file = file
+        self.label = label
+        self.state = self._state()
+
+    def _state(self) -> tuple[int, int]:
+        status = os.fstat(self.file.fileno())
+        return status.st_size, status.st_mtime_ns
+
+    def read(self, offset: int, length: int) -> bytes:
+        data = os.pread(self.file.fileno(), length, offset)
+        while len(data) < length:  # one pread moves at most 2 GiB
+            more = os.pread(self.file.fileno(), length - len(data), offset + len(data))
+            if not more:
+                raise InvalidModelError(
+                    f"{self.label}: {length} bytes at offset {offset} are past its end"
+                )
+            data += more
+        return data
+
+    def check_unchanged(self) -> None:
+        if self._state() != self.state:
+            raise UsageError(f"{self.label} changed while it was being read")
+
+
+class WeightStore:
+    """Reads every payload of one model; keeps the files that it reads open.
+
+    An open file survives its replacement by rename, so an output may replace its own
+    input. The spill file has no name and vanishes with the process.
+    """
+
+    def __init__(self, base_dir: Path | None = None, model_path: Path | None = None):
+        self.base_dir = base_dir
+        self.model_path = model_path
+        self._sources: dict[str, _Source] = {}
+        self._spill: BinaryIO | None = None
+        self._spill_end = 0
+        self._finalizer = weakref.finalize(self, _close_all, self._sources)
+
+    def add_source(self, location: str, file: BinaryIO, label: str) -> None:
+        """Let payloads named `location` be read from `file`, which the store now owns."""
+        self._sources[location] = _Source(file, label)
+
+    def close(self) -> None:
+        """Close every file; payloads outside the proto can no longer be read."""
+        self._finalizer()
+
+    def check_unchanged(self) -> None:
+        """Raise UsageError where a file has changed since it was opened."""
+        for location, source in self._sources.items():
+            if location != _SPILL:
+                source.check_unchanged()
+
+    def read(self, tensor: TensorProto) -> bytes:
+        """The raw payload (little endian, 4-bit packed) of a tensor that is not a string.
+
+        Raises InvalidModelError where the place does not hold it.
+        """
+        return b"".join(self.chunks(tensor))
+
+    def chunks(self, tensor: TensorProto) -> Iterator[bytes]:
+        """The raw payload in pieces of at most CHUNK bytes."""
+        where = place(tensor)
+        if where is None:
+            yield tensor.raw_data or _raw(tensor)
+            return
+        source, length = self._open(tensor, where), tensor_bytes(tensor)
+        for start in range(0, length, CHUNK):
+            yield source.read(where.offset + start, min(CHUNK, length - start))
+
+    def array(self, tensor: TensorProto) -> Array:
+        """The tensor as an array of its own dtype (ml_dtypes where NumPy has none).
+
+        Shape: `tensor.dims`. Strings come as an object array of str or bytes.
+        """
+        where = place(tensor)
+        if where is None:
+            return numpy_helper.to_array(tensor)
+        if tensor.data_type in _PACKED_BITS:
+            inline = TensorProto(dims=tensor.dims, data_type=tensor.data_type)
+            inline.raw_data = self.read(tensor)
+            return numpy_helper.to_array(inline)
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        data = self._open(tensor, where).read(where.offset, tensor_bytes(tensor))
+        return np.frombuffer(data, dtype=dtype).reshape(tuple(tensor.dims))
+
+    def tensor(self, array: Array, name: str) -> TensorProto:
+        """A new initializer that holds `array`; a large one lies in the spill file."""
+        if array.dtype == object or array.nbytes < SPILL_FROM:
+            return numpy_helper.from_array(np.ascontiguousarray(array), name)
+        return self.spill(numpy_helper.from_array(np.ascontiguousarray(array), name))
+
+    def spill(self, tensor: TensorProto) -> TensorProto:
+        """A tensor equal to the inline `tensor` whose payload lies in the spill file."""
+        payload = tensor.raw_data
+        if self._spill is None:
+            self._spill = tempfile.TemporaryFile(prefix="onnxopt-")
+            self.add_source(_SPILL, self._spill, "the spill file")
+        self._spill.seek(self._spill_end)
+        self._spill.write(payload)
+        self._spill.flush()
+        slim = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+        set_place(slim, Place(_SPILL, self._spill_end, len(payload)))
+        self._spill_end += len(payload)
+        return slim
+
+    def check(self, tensor: TensorProto) -> None:
+        """Raise InvalidModelError where the payload of an external tensor is not there."""
+        where = place(tensor)
+        if where is None:
+            return
+        source = self._open(tensor, where)
+        size, wanted = source.state[0], tensor_bytes(tensor)
+        if where.length is not None and where.length != wanted:
+            raise InvalidModelError(
+                f"tensor {tensor.name!r}: its external data has {where.length} bytes, "
+                f"its shape and type need {wanted}"
+            )
+        if where.offset + wanted > size:
+            raise InvalidModelError(
+                f"tensor {tensor.name!r}: bytes {where.offset} to "
+                f"{where.offset + wanted} are past the end of {source.label} "
+                f"({size} bytes)"
+            )
+
+    def _open(self, tensor: TensorProto, where: Place) -> _Source:
+        source = self._sources.get(where.location)
+        if source is None:
+            path = self._resolve(tensor, where.location)
+            try:
+                file = open(path, "rb")  # noqa: SIM115 - the store closes it
+            except OSError as error:
+                raise InvalidModelError(
+                    f"tensor {tensor.name!r}: cannot read its external data {path}: "
+                    f"{error.strerror}"
+                ) from None
+            self.add_source(where.location, file, str(path))
+            source = self._sources[where.location]
+        return source
+
+    def _resolve(self, tensor: TensorProto, location: str) -> Path:
+        """The file that holds external data, if reading it is safe."""
+        problem = None
+        base = self.base_dir
+        pure = Path(location)
+        if base is None:
+            problem = "the model came without a folder (give base_dir)"
+        elif pure.is_absolute() or ".." in pure.parts or "\0" in location:
+            problem = "it must lie inside the model's own folder"
+        if problem is None and base is not None:
+            path = base / pure
+            problem = _unsafe(path, base, self.model_path)
+            if problem is None:
+                return path
+        raise InvalidModelError(
+            f"tensor {tensor.name!r}: external data {location!r} is not read: {problem}"
+        )
+
+
+_SPILL = "\0spill"
+
+
+def _raw(tensor: TensorProto) -> bytes:
+    """The raw form of a payload that is stored in a typed field."""
+    return numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data
+
+
+def _unsafe(path: Path, base: Path, model_path: Path | None) -> str | None:
+    """Why the data file `path` must not be read; None where it may.
+
+    A link may lead to the folder where the model file itself really lies: in a
+    Hugging Face cache both the model and its data are links into one blob folder.
+    """
+    try:
+        real = path.resolve(strict=True)
+        status = real.stat()
+    except OSError as error:
+        return f"{error.strerror} (looked for {path})"
+    roots = [base.resolve()]
+    if model_path is not None:
+        roots.append(model_path.resolve().parent)
+    if not any(real.is_relative_to(root) for root in roots):
+        return "it is a link that leaves the model's own folder"
+    if not stat.S_ISREG(status.st_mode):
+        return "it is not a regular file"
+    if status.st_nlink > 1:
+        return "it is a hard link; copy it"
+    return None
+
+
+def _close_all(sources: dict[str, _Source]) -> None:
+    for source in sources.values():
+        source.file.close()
+    sources.clear()
