@@ -35,12 +35,24 @@ class EditError(AssertionError):
 
 
 class Edit:
-    """A list of changes to one scope, on behalf of `node` (the report names it)."""
+    """A list of changes to one scope, on behalf of `node` (the report names it).
 
-    def __init__(self, graph: GraphView, node: NodeProto) -> None:
+    Where it would grow the model by more than `max_growth` bytes, it is refused.
+    """
+
+    def __init__(
+        self, graph: GraphView, node: NodeProto | None, max_growth: int | None = None
+    ) -> None:
         self.graph = graph
-        self.node = node
+        self._subject = node
+        self.max_growth = max_growth
         self._steps: list[Callable[[_Journal], None]] = []
+
+    @property
+    def node(self) -> NodeProto:
+        """The node that the edit is about."""
+        assert self._subject is not None, "this edit is about a weight"
+        return self._subject
 
     # ---- building ----
 
@@ -110,6 +122,10 @@ class Edit:
         """Let input slot `index` of `node` read `name`; slots up to it are filled with ""."""
         self._steps.append(lambda j: j.set_input(self.graph, node, index, name))
 
+    def set_op_type(self, node: NodeProto, op_type: str) -> None:
+        """Let `node` be another standard operator, with the inputs that it has."""
+        self._steps.append(lambda j: j.set_op_type(self.graph, node, op_type))
+
     def set_attribute(self, node: NodeProto, name: str, value: Any) -> None:
         """Set an attribute, or remove it where `value` is None."""
         self._steps.append(lambda j: j.set_attribute(self.graph, node, name, value))
@@ -123,7 +139,7 @@ class Edit:
             tensor.name = name
         else:
             tensor = self.graph.model.weights.tensor(value, name)
-        self._steps.append(lambda j: j.add_weight(self.graph, tensor, self.node))
+        self._steps.append(lambda j: j.add_weight(self.graph, tensor, self._subject))
         return name
 
     def set_weight(self, name: str, value: Array) -> None:
@@ -156,19 +172,20 @@ class Edit:
                 step(journal)
             journal.sweep()
             journal.check()
-            refusal = ledger.refusal(journal.bytes)
+            refusal = ledger.refusal(journal.bytes, self.max_growth)
             if refusal:
                 raise Refused(refusal)
         except Refused as refused:
             journal.roll_back()
-            graph.skip(self.node, str(refused))
+            if self._subject is not None:
+                graph.skip(self._subject, str(refused))
             return False
         except BaseException:
             journal.roll_back()
             raise
         journal.publish()
         graph.model.version += 1
-        ledger.record(graph, self.node, why, journal.nodes, journal.bytes)
+        ledger.record(graph, self._subject, why, journal.nodes, journal.bytes)
         return True
 
 
@@ -304,6 +321,12 @@ class _Journal:
         self.undo.append(lambda: _replace_all(node.attribute, before))
         self.touched.append((view, node))
 
+    def set_op_type(self, view: GraphView, node: NodeProto, op_type: str) -> None:
+        before = node.op_type
+        node.op_type = op_type
+        self.undo.append(lambda: setattr(node, "op_type", before))
+        self.touched.append((view, node))
+
     def bypass(self, view: GraphView, node: NodeProto, values: Mapping[str, str]) -> None:
         for old, new in values.items():
             if old in view._pinned:
@@ -346,16 +369,17 @@ class _Journal:
 
     # ---- weights ----
 
-    def add_weight(self, view: GraphView, tensor: TensorProto, anchor: NodeProto) -> None:
+    def add_weight(
+        self, view: GraphView, tensor: TensorProto, anchor: NodeProto | None
+    ) -> None:
         graph, model = view.proto, view.model
         old_format = model.proto.ir_version < 4
-        if isinstance(graph, FunctionProto) or (old_format and view.parent is not None):
-            # a function has no initializers, and before IR 4 one is an input as well,
-            # which a branch or a loop body cannot grow
+        if isinstance(graph, FunctionProto) or not view.holds_initializers:
             value = TensorProto.FromString(tensor.SerializeToString())
             value.ClearField("name")
             node = helper.make_node("Constant", [], [tensor.name])
             node.attribute.append(attributes.make("value", value))
+            assert anchor is not None
             self.insert(view, node, anchor)
             return
         if view.home(tensor.name) is view:

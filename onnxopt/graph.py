@@ -121,6 +121,11 @@ class GraphView:
             return None
         return next(iter(uses.values()))
 
+    def only_use_everywhere(self, name: str) -> Use | None:
+        """`only_use`, asked of the scope that defines `name`."""
+        home = self.home(name)
+        return home.only_use(name) if home is not None else None
+
     def outputs(self) -> list[str]:
         """The names of the scope's outputs, in order."""
         if isinstance(self.proto, FunctionProto):
@@ -172,6 +177,15 @@ class GraphView:
         return node.name or f"{node.op_type}:{next(filter(None, node.output), '')}"
 
     @property
+    def holds_initializers(self) -> bool:
+        """Whether constants of this scope can be initializers rather than nodes.
+
+        Before IR 4 an initializer is an input as well, which a subgraph cannot grow.
+        """
+        old_format = self.model.proto.ir_version < 4
+        return not self.is_function and not (old_format and self.parent is not None)
+
+    @property
     def is_unordered(self) -> bool:
         """Whether some node stands before one that it depends on."""
         return self._unordered
@@ -211,13 +225,16 @@ class GraphView:
 
     # ---- visiting and changing ----
 
-    def visit(self, owner: object, ops: Collection[str] = ()) -> Iterator[NodeProto]:
+    def visit(
+        self, owner: object, ops: Collection[str] = (), *, references: bool = False
+    ) -> Iterator[NodeProto]:
         """Nodes to look at: all of them once, then only what changed and its neighbours.
 
         `owner` (hashable) tells whose visit this is; `ops` restricts it to operators
         as `op` names them. Nodes that an edit touches during the visit come again, so
         a pass needs no loop of its own. Nodes whose attributes are references to a
-        function's attributes are left out: their values differ by call site.
+        function's attributes are left out unless `references`: their values differ by
+        call site.
         """
         start = self._cursors.get(owner)
         queue = deque(self.nodes() if start is None else self._around(start))
@@ -228,7 +245,7 @@ class GraphView:
                 budget -= 1
                 if budget < 0:
                     raise RuntimeError(f"{owner} does not settle in scope {self.scope}")
-                if not (node.attribute and attributes.has_references(node)):
+                if references or not attributes.has_references(node):
                     yield node
             if len(self.changes) > seen:
                 queue.extend(self._around(seen))

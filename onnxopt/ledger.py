@@ -46,10 +46,15 @@ class Ledger:
         self._reports.setdefault(name, PassReport(name=name, guarantee=guarantee))
         self._skips.setdefault(name, {})
 
-    def refusal(self, growth: int) -> str | None:
-        """Why an edit that adds `growth` bytes may not be done; None where it may."""
+    def refusal(self, growth: int, most: int | None = None) -> str | None:
+        """Why an edit that adds `growth` bytes may not be done; None where it may.
+
+        `most` is a bound of the edit's own on its growth.
+        """
         if self.limit is not None and self.edits >= self.limit:
             return "the bisect limit is reached"
+        if most is not None and growth > most:
+            return f"the model would grow by {growth:,} bytes"
         if self.most_bytes is None or growth <= 0:
             return None
         if self.bytes + growth > self.most_bytes:
@@ -57,18 +62,25 @@ class Ledger:
         return None
 
     def record(
-        self, graph: GraphView, node: NodeProto, why: str, nodes: int, growth: int
+        self,
+        graph: GraphView,
+        node: NodeProto | None,
+        why: str,
+        nodes: int,
+        growth: int,
     ) -> None:
         """Count an edit that was done: the change in nodes and in bytes."""
         self.edits += 1
         self.bytes += growth
-        log.debug("#%d %s: %s at %s", self.edits, self._running, why, graph.label(node))
+        where = graph.label(node) if node is not None else graph.scope
+        log.debug("#%d %s: %s at %s", self.edits, self._running, why, where)
         report = self._reports.get(self._running)
         if report is not None:
             report.edits += 1
             report.nodes += nodes
             report.bytes += growth
-            self._skips[self._running].pop((graph.scope, id(node)), None)
+            if node is not None:
+                self._skips[self._running].pop((graph.scope, id(node)), None)
 
     def skip(self, graph: GraphView, node: NodeProto, reason: str) -> None:
         """Record that the running pass left `node` alone."""

@@ -190,12 +190,18 @@ class WeightStore:
         if where is None:
             return numpy_helper.to_array(tensor)
         if tensor.data_type in _PACKED_BITS:
-            inline = TensorProto(dims=tensor.dims, data_type=tensor.data_type)
-            inline.raw_data = self.read(tensor)
-            return numpy_helper.to_array(inline)
+            return numpy_helper.to_array(self.inline(tensor))
         dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
         data = self._open(tensor, where).read(where.offset, tensor_bytes(tensor))
         return np.frombuffer(data, dtype=dtype).reshape(tuple(tensor.dims))
+
+    def inline(self, tensor: TensorProto) -> TensorProto:
+        """`tensor` itself where it holds its payload, else a copy that does."""
+        if place(tensor) is None:
+            return tensor
+        copy = TensorProto(dims=tensor.dims, data_type=tensor.data_type, name=tensor.name)
+        copy.raw_data = self.read(tensor)
+        return copy
 
     def tensor(self, array: Array, name: str) -> TensorProto:
         """A new initializer that holds `array`; a large one lies in the spill file."""

@@ -1,0 +1,425 @@
+"""The verbs as functions: a model in, a proven model and a report out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack
+
+import onnx
+from onnx import ModelProto
+
+from onnxopt import data, facts, prepare, recipe
+from onnxopt import target as targets
+from onnxopt.errors import OnnxoptError, UsageError, ValidationError, WorkerError
+from onnxopt.evaluate import Evaluator
+from onnxopt.ledger import Ledger
+from onnxopt.manager import Context, Observer, Pass, PassManager
+from onnxopt.model import Model, Source
+from onnxopt.report import Check, Report, Validation
+from onnxopt.save import Staged, fits_in_protobuf, stage, to_proto
+from onnxopt.validate import Budget, judge
+
+OnFailure = Literal["raise", "return", "rollback"]
+
+
+class ValidationOptions(TypedDict, total=False):
+    """How a candidate is judged.
+
+    `providers`: execution providers ("cpu", "cuda", ...); those in `require_providers`
+    must be there. Feeds: `seed`, `batch_size` (of an .npz), `input_shapes` (name to
+    dims) for generated ones. Budget: `min_sqnr` (dB), `rtol` and `atol` (in place of
+    the noise floor), `metric` ("script.py:function") with `max_drop`. `timeout`
+    (seconds) and `memory_limit` (bytes) hold for each session's worker.
+    """
+
+    base_dir: str | os.PathLike[str] | None
+    providers: Sequence[str]
+    require_providers: Sequence[str]
+    seed: int
+    batch_size: int | None
+    input_shapes: Mapping[str, Sequence[int]] | None
+    min_sqnr: float | None
+    rtol: float | None
+    atol: float | None
+    metric: str | None
+    max_drop: float | None
+    custom_op_libraries: Sequence[str]
+    timeout: float
+    memory_limit: int | None
+
+
+class Options(ValidationOptions, total=False):
+    """What every transform takes beyond the model, besides `ValidationOptions`.
+
+    `passes` (a textual pipeline, or passes) replaces the recipe. `fix_shapes` and
+    `freeze_inputs` change the interface, `opset` raises the standard opset. `validate`
+    False leaves the result unproven; `require_validation` makes a model that cannot
+    run an error. `bisect_limit` stops after that many edits; `verify_each` checks the
+    graph, and the result in ONNX Runtime, after every pass; `observer` is told of each.
+    """
+
+    passes: str | Sequence[Pass] | None
+    fix_shapes: Mapping[str, Sequence[int]] | None
+    freeze_inputs: bool
+    opset: int | None
+    validate: bool
+    require_validation: bool
+    bisect_limit: int | None
+    verify_each: bool
+    observer: Observer | None
+
+
+@dataclass
+class Result:
+    """A transformed model and its report.
+
+    `verdict` is the report's validation. Where `base_dir` is set, the weights lie in
+    files there, which live as long as the result.
+    """
+
+    report: Report
+    base_dir: Path | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    _model: Model | None = None
+    _as_graph: bool = False
+    _folder: tempfile.TemporaryDirectory[str] | None = None
+    _proto: ModelProto | None = None
+
+    @property
+    def model(self) -> Any:
+        """The model: a ModelProto, or a gs.Graph where one came in. Built on access.
+
+        Below 2 GiB it is self-contained; above, its weights are external data in
+        `base_dir`.
+        """
+        if self._proto is None:
+            self._proto = self._build()
+        if not self._as_graph:
+            return self._proto
+        import onnx_graphsurgeon as gs
+
+        return gs.import_onnx(self._proto)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model, atomically; external data goes beside it where needed.
+
+        Raises UsageError where it cannot be written.
+        """
+        assert self._model is not None
+        target = Path(path)
+        with stage(self._model, target) as staged:
+            staged.commit(keep=_input_data(self._model))
+
+    def _build(self) -> ModelProto:
+        assert self._model is not None
+        if fits_in_protobuf(self._model):
+            return to_proto(self._model)
+        self._folder = tempfile.TemporaryDirectory(prefix="onnxopt-")
+        self.base_dir = Path(self._folder.name)
+        path = self.base_dir / "model.onnx"
+        self.save(path)
+        return onnx.load(path, load_external_data=False)
+
+
+def optimize(
+    model: Source,
+    recipe: str = "default",
+    data: Any = None,
+    target: str = "onnx",
+    on_failure: OnFailure = "raise",
+    **options: Unpack[Options],
+) -> Result:
+    """Run a recipe over a copy of `model` and prove the result against the original.
+
+    `recipe`: a pipeline's name or a YAML file; `data`: feeds (see `onnxopt.data`), made
+    up where None. Raises ValidationError (with the report) where the result is wrong,
+    InvalidModelError, UsageError, ProviderError or WorkerError as their names say.
+    `on_failure="return"` returns a failed result all the same; `"rollback"` returns
+    the model as it was before the first edit that made it wrong.
+    """
+    job = Job.create(model, recipe, data, target, options)
+    with job.run(on_failure) as (result, _):
+        return result
+
+
+def simplify(
+    model: Source,
+    data: Any = None,
+    target: str = "onnx",
+    on_failure: OnFailure = "raise",
+    **options: Unpack[Options],
+) -> Result:
+    """`optimize` with the exact rewrites only; see there."""
+    return optimize(model, "simplify", data, target, on_failure, **options)
+
+
+def validate(
+    reference: Source,
+    candidate: Source,
+    providers: Sequence[str] = ("cpu",),
+    data: Any = None,
+    **options: Unpack[ValidationOptions],
+) -> Validation:
+    """Judge `candidate` against `reference` on every provider; never raises for a no.
+
+    At the noise floor, unless a budget is given. Raises as `optimize` does where
+    something could not be run or read.
+    """
+    options["providers"] = providers
+    base = options.get("base_dir")
+    with tempfile.TemporaryDirectory(prefix="onnxopt-") as folder:
+        first = Model.open(reference, base)
+        second = Model.open(candidate, base)
+        paths = (
+            _on_disk(first, reference, Path(folder) / "reference.onnx", base),
+            _on_disk(second, candidate, Path(folder) / "candidate.onnx", base),
+        )
+        return _judge(first, paths, data, options)
+
+
+@dataclass
+class Job:
+    """One run of a pipeline, ready to go."""
+
+    source: Source
+    passes: Sequence[Pass]
+    recipe: str
+    target: targets.Target
+    data: Any
+    options: Options
+
+    @classmethod
+    def create(
+        cls, source: Source, name: str, data: Any, target: str, options: Options
+    ) -> Job:
+        """Read the recipe and check the options, before any model is read."""
+        given = options.get("passes")
+        if given is not None:
+            passes = recipe.parse_pipeline(given) if isinstance(given, str) else given
+            return cls(source, passes, "passes", targets.target(target), data, options)
+        passes, said = recipe.load_recipe(name)
+        if said.opset is not None and options.get("opset") is None:
+            options = {**options, "opset": said.opset}
+        if said.target is not None and target == "onnx":
+            target = said.target
+        return cls(source, passes, said.name or name, targets.target(target), data, options)
+
+    @contextlib.contextmanager
+    def run(
+        self, on_failure: OnFailure = "raise", output: Path | None = None
+    ) -> Iterator[tuple[Result, Staged]]:
+        """Transform, stage (beside `output` where given) and judge.
+
+        Inside the context the staged file can be committed; after it, it is gone.
+        """
+        with tempfile.TemporaryDirectory(prefix="onnxopt-") as name:
+            folder = Path(name)
+            original = Model.open(self.source, self.options.get("base_dir"))
+            reference = _on_disk(
+                original, self.source, folder / "reference.onnx", self.options.get("base_dir")
+            )
+            report = Report(
+                recipe=self.recipe,
+                target=self.target.name,
+                source=facts.of_file(original, reference, _data_folder(self, reference)),
+            )
+            target = output or folder / "candidate.onnx"
+            result, staged = self._attempt(
+                report, original, reference, target, self.options.get("bisect_limit")
+            )
+            if _failed(report) and on_failure == "rollback":
+                staged.discard()
+                result, staged = self._roll_back(report, original, reference, target)
+            with staged:
+                if _failed(report) and on_failure == "raise":
+                    raise ValidationError(_why(report.validation), report)
+                self._require_validation(report)
+                yield result, staged
+
+    def _attempt(
+        self,
+        report: Report,
+        original: Model,
+        reference: Path,
+        target: Path,
+        limit: int | None,
+    ) -> tuple[Result, Staged]:
+        """One whole run with at most `limit` edits; fills in the report."""
+        model = self._prepared(Model.open(self.source, self.options.get("base_dir")))
+        model.ledger = Ledger(report.source.bytes.model + report.source.bytes.data, limit)
+        context = Context(self.target, Evaluator(self.options.get("timeout", 600.0)))
+        manager = PassManager(
+            self.passes,
+            verify_each=self.options.get("verify_each", False),
+            observer=self._observer(reference, target),
+        )
+        with context.evaluator:
+            manager.run(model, context)
+        staged = stage(model, target)
+        try:
+            report.passes = model.ledger.reports()
+            report.notes = list(model.notes)
+            report.output = facts.of_staged(Model.open(staged.path), staged)
+            if self.options.get("validate", True):
+                paths = (reference, staged.path)
+                report.validation = _judge(original, paths, self.data, self.options)
+                _check_format(report, *paths)
+        except OnnxoptError as error:
+            staged.discard()
+            error.report = error.report or report
+            raise
+        except BaseException:
+            staged.discard()
+            raise
+        as_graph = not isinstance(self.source, str | os.PathLike | ModelProto)
+        return (
+            Result(report, seconds=manager.seconds, _model=model, _as_graph=as_graph),
+            staged,
+        )
+
+    def _prepared(self, model: Model) -> Model:
+        if self.options.get("freeze_inputs"):
+            model = prepare.freeze_inputs(model)
+        shapes = self.options.get("fix_shapes")
+        if shapes:
+            model = prepare.fix_shapes(model, shapes)
+        opset = self.options.get("opset")
+        if opset is not None:
+            model = prepare.raise_opset(model, opset)
+        return model
+
+    def _observer(self, reference: Path, target: Path) -> Observer | None:
+        """The caller's observer; under `verify_each` also a run of every result."""
+        given = self.options.get("observer")
+        if not self.options.get("verify_each") or not self.options.get("validate", True):
+            return given
+
+        def observe(pass_: Pass, model: Model, edits: int) -> None:
+            if given is not None:
+                given(pass_, model, edits)
+            if edits:
+                with stage(model, target) as staged:
+                    paths = (reference, staged.path)
+                    verdict = _judge(model, paths, self.data, self.options)
+                if verdict.status == "failed":
+                    raise ValidationError(f"after pass {pass_.name}: {_why(verdict)}")
+
+        return observe
+
+    def _roll_back(
+        self, report: Report, original: Model, reference: Path, target: Path
+    ) -> tuple[Result, Staged]:
+        """The run with the most edits, from the first on, whose result is right."""
+        reason = _why(report.validation)
+        good, bad = 0, sum(entry.edits for entry in report.passes)
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            _, staged = self._attempt(report, original, reference, target, middle)
+            staged.discard()
+            good, bad = (good, middle) if _failed(report) else (middle, bad)
+        result, staged = self._attempt(report, original, reference, target, good)
+        report.notes.append(f"rolled back to the first {good} edits, since {reason}")
+        return result, staged
+
+    def _require_validation(self, report: Report) -> None:
+        validation = report.validation
+        if validation is None or validation.status != "not_run":
+            return
+        if self.options.get("require_validation"):
+            raise WorkerError(f"the result is not proven: {validation.reason}", report)
+        report.notes.append(f"not proven: {validation.reason}")
+
+
+def _judge(
+    model: Model, paths: tuple[Path, Path], feeds: Any, options: ValidationOptions
+) -> Validation:
+    """Feeds for `model`, run through the files at `paths`: reference, candidate."""
+    inputs = data.input_specs(model.proto)
+    if feeds is not None:
+        chosen = data.load_feeds(feeds, inputs, options.get("batch_size"))
+    else:
+        shapes = {**(options.get("input_shapes") or {})}
+        shapes.update(options.get("fix_shapes") or {})  # type: ignore[typeddict-item]
+        chosen = data.generate_feeds(
+            inputs, model=model.proto, seed=options.get("seed", 0), shapes=shapes
+        )
+    keys = ("min_sqnr", "rtol", "atol", "metric", "max_drop")
+    budget = {key: options.get(key) for key in keys if options.get(key) is not None}
+    return judge(
+        *paths,
+        providers=tuple(options.get("providers") or ("cpu",)),
+        feeds=chosen,
+        budget=Budget(**budget) if budget else None,  # type: ignore[arg-type]
+        required=tuple(options.get("require_providers") or ()),
+        custom_op_libraries=tuple(options.get("custom_op_libraries") or ()),
+        timeout=options.get("timeout", 600.0),
+        memory_limit=options.get("memory_limit"),
+        seed=options.get("seed", 0),
+    )
+
+
+def _on_disk(
+    model: Model, source: Source, spare: Path, base_dir: str | os.PathLike[str] | None
+) -> Path:
+    """A file that holds `model`: the source itself, or a copy at `spare`."""
+    if isinstance(source, str | os.PathLike) and base_dir is None:
+        return Path(source)
+    stage(model, spare).commit()
+    return spare
+
+
+def _data_folder(job: Job, reference: Path) -> Path:
+    base_dir = job.options.get("base_dir")
+    return Path(base_dir) if base_dir is not None else reference.parent
+
+
+def _input_data(model: Model) -> list[Path]:
+    base_dir = model.weights.base_dir
+    return [] if base_dir is None else facts.data_files(model, base_dir)
+
+
+def _failed(report: Report) -> bool:
+    return report.validation is not None and report.validation.status == "failed"
+
+
+def _why(validation: Validation | None) -> str:
+    """One line: what failed, where, by how much."""
+    if validation is None:
+        return "it was not validated"
+    if validation.reason:
+        return validation.reason
+    bad: list[Check] = [check for check in validation.checks if check.status == "failed"]
+    return "; ".join(f"{c.provider} {c.level}: {c.reason}" for c in bad) or "unknown"
+
+
+def _check_format(report: Report, reference: Path, candidate: Path) -> None:
+    """Fail where onnx.checker accepts the reference but not the candidate."""
+    problem = _checker_problem(candidate)
+    if problem is None or report.validation is None:
+        return
+    if _checker_problem(reference) is None:
+        report.validation = _as_failed(report.validation, f"onnx.checker: {problem}")
+    else:
+        report.notes.append(f"onnx.checker objects, as it does to the input: {problem}")
+
+
+def _as_failed(validation: Validation, reason: str) -> Validation:
+    import msgspec
+
+    return msgspec.structs.replace(validation, status="failed", reason=reason)
+
+
+def _checker_problem(path: Path) -> str | None:
+    try:
+        onnx.checker.check_model(os.fspath(path))
+    except (onnx.checker.ValidationError, ValueError, RuntimeError) as error:
+        return " ".join(str(error).split())[:300]
+    return None
+
+
+__all__ = ["Job", "Options", "Result", "UsageError", "optimize", "simplify", "validate"]

@@ -1,0 +1,281 @@
+"""Small constant arithmetic in NumPy, with the semantics of each operator's version.
+
+It serves the shape computations that exporters leave behind (Shape, Gather, Concat,
+Slice...): too many and too small to be worth a session. Only operations whose result
+is exact and the same everywhere are here; the rest is ONNX Runtime's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from onnx import NodeProto, TensorProto, helper
+
+from onnxopt import attributes
+from onnxopt.weights import Array
+
+Inputs = Sequence[Array | None]
+Rule = Callable[[NodeProto, Any, int], Array]
+"""(node, inputs, opset) -> its output; raises Unsupported where it is not sure."""
+
+MAX_ELEMENTS = 1024
+_CASTABLE = {
+    TensorProto.FLOAT,
+    TensorProto.DOUBLE,
+    TensorProto.INT8,
+    TensorProto.INT16,
+    TensorProto.INT32,
+    TensorProto.INT64,
+    TensorProto.UINT8,
+    TensorProto.BOOL,
+}
+
+
+class Unsupported(Exception):  # noqa: N818 - says "not by me", and another evaluator is asked
+    """The table has no certain answer."""
+
+
+def evaluate(node: NodeProto, inputs: Inputs, opset: int) -> Array | None:
+    """The value of the one output of `node`; None where this table does not know it.
+
+    `inputs` are arrays in slot order, None for an absent optional input.
+    """
+    rule = _RULES.get(node.op_type)
+    if rule is None or len(node.output) != 1:
+        return None
+    if any(array is not None and array.size > MAX_ELEMENTS for array in inputs):
+        return None
+    if any(array is not None and array.dtype.kind not in "iufb" for array in inputs):
+        return None
+    try:
+        with np.errstate(all="ignore"):
+            result = np.asarray(rule(node, inputs, opset))
+    except (Unsupported, ValueError, IndexError, TypeError):
+        return None  # ill-formed for NumPy: whoever runs the model will say why
+    return result if result.size <= MAX_ELEMENTS else None
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise Unsupported
+
+
+def _binary(function: Callable[..., Any]) -> Rule:
+    def rule(node: NodeProto, inputs: Any, opset: int) -> Array:
+        _require(opset >= 7)  # older ones broadcast by attribute
+        left, right = inputs
+        _require(left.dtype == right.dtype)
+        return np.asarray(function(left, right))
+
+    return rule
+
+
+def _arithmetic(function: Callable[..., Any]) -> Rule:
+    binary = _binary(function)
+
+    def rule(node: NodeProto, inputs: Any, opset: int) -> Array:
+        return binary(node, inputs, opset).astype(inputs[0].dtype)
+
+    return rule
+
+
+def _div(node: NodeProto, inputs: Any, opset: int) -> Array:
+    _require(opset >= 7)
+    left, right = inputs
+    if left.dtype.kind == "f":
+        return np.asarray(left / right)
+    _require(bool(np.all(right != 0)) and left.dtype == right.dtype)
+    quotient = np.abs(left) // np.abs(right)  # integers divide towards zero
+    return np.asarray(np.where((left < 0) != (right < 0), -quotient, quotient))
+
+
+def _mod(node: NodeProto, inputs: Any, opset: int) -> Array:
+    left, right = inputs
+    _require(left.dtype.kind in "iu" and bool(np.all(right != 0)))
+    modulo = np.fmod if attributes.get(node, "fmod", 0) else np.mod
+    return np.asarray(modulo(left, right))
+
+
+def _unary(function: Callable[..., Any]) -> Rule:
+    def rule(node: NodeProto, inputs: Any, opset: int) -> Array:
+        return np.asarray(function(inputs[0]))
+
+    return rule
+
+
+def _not(node: NodeProto, inputs: Any, opset: int) -> Array:
+    return np.logical_not(inputs[0])
+
+
+def _cast(node: NodeProto, inputs: Any, opset: int) -> Array:
+    kind = attributes.get(node, "to")
+    _require(kind in _CASTABLE)
+    array, dtype = inputs[0], helper.tensor_dtype_to_np_dtype(kind)
+    if array.dtype.kind == "f" and dtype.kind in "iu":
+        limits = np.iinfo(dtype)
+        inside = np.isfinite(array) & (array > limits.min) & (array < limits.max)
+        _require(bool(np.all(inside)))  # outside, the result is the processor's
+    return np.asarray(array.astype(dtype))
+
+
+def _concat(node: NodeProto, inputs: Any, opset: int) -> Array:
+    _require(all(array.dtype == inputs[0].dtype for array in inputs))
+    return np.concatenate(inputs, axis=attributes.get(node, "axis", 1))
+
+
+def _gather(node: NodeProto, inputs: Any, opset: int) -> Array:
+    return np.asarray(np.take(inputs[0], inputs[1], axis=attributes.get(node, "axis", 0)))
+
+
+def _axes(node: NodeProto, inputs: Any, slot: int = 1) -> tuple[int, ...] | None:
+    """Axes from the attribute (old opsets) or from an input; None where not given."""
+    axes = attributes.get(node, "axes")
+    if axes is None and len(inputs) > slot and inputs[slot] is not None:
+        axes = inputs[slot].tolist()
+    return None if axes is None else tuple(int(axis) for axis in axes)
+
+
+def _squeeze(node: NodeProto, inputs: Any, opset: int) -> Array:
+    return np.squeeze(inputs[0], axis=_axes(node, inputs))
+
+
+def _unsqueeze(node: NodeProto, inputs: Any, opset: int) -> Array:
+    axes = _axes(node, inputs)
+    _require(axes is not None)
+    return np.expand_dims(inputs[0], axis=axes or ())
+
+
+def _slice(node: NodeProto, inputs: Any, opset: int) -> Array:
+    array = inputs[0]
+    if opset < 10:
+        starts, ends = attributes.get(node, "starts"), attributes.get(node, "ends")
+        axes, steps = attributes.get(node, "axes"), None
+    else:
+        rest = [None if item is None else item.tolist() for item in inputs[1:]]
+        starts, ends, axes, steps = rest + [None] * (4 - len(rest))
+    axes = list(range(len(starts))) if axes is None else axes
+    steps = [1] * len(starts) if steps is None else steps
+    index: list[slice] = [slice(None)] * array.ndim
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        _require(step > 0 or end >= -array.shape[axis] - 1)
+        if step < 0 and end < -array.shape[axis]:
+            end = None
+        index[axis] = slice(start, end, step)
+    return np.asarray(array[tuple(index)])
+
+
+def _reshape(node: NodeProto, inputs: Any, opset: int) -> Array:
+    array, dims = inputs[0], [int(dim) for dim in inputs[1]]
+    if not attributes.get(node, "allowzero", 0):
+        dims = [array.shape[i] if dim == 0 else dim for i, dim in enumerate(dims)]
+    return np.reshape(array, dims)
+
+
+def _shape(node: NodeProto, inputs: Any, opset: int) -> Array:
+    start, end = attributes.get(node, "start", 0), attributes.get(node, "end")
+    return np.array(inputs[0].shape[start:end], dtype=np.int64)
+
+
+def _constant_of_shape(node: NodeProto, inputs: Any, opset: int) -> Array:
+    dims = [int(dim) for dim in inputs[0]]
+    _require(int(np.prod(dims, dtype=object)) <= MAX_ELEMENTS)
+    value = attributes.get(node, "value")
+    if value is None:
+        return np.zeros(dims, np.float32)
+    from onnx import numpy_helper
+
+    return np.full(dims, numpy_helper.to_array(value).item(), numpy_helper.to_array(value).dtype)
+
+
+def _range(node: NodeProto, inputs: Any, opset: int) -> Array:
+    start, limit, delta = (array.item() for array in inputs)
+    _require(inputs[0].dtype.kind == "i" and delta != 0)
+    _require(abs(limit - start) // abs(delta) <= MAX_ELEMENTS)
+    return np.arange(start, limit, delta, dtype=inputs[0].dtype)
+
+
+def _expand(node: NodeProto, inputs: Any, opset: int) -> Array:
+    array, dims = inputs[0], tuple(int(dim) for dim in inputs[1])
+    _require(int(np.prod(dims, dtype=object)) <= MAX_ELEMENTS)
+    return np.broadcast_to(array, np.broadcast_shapes(array.shape, dims)).copy()
+
+
+def _where(node: NodeProto, inputs: Any, opset: int) -> Array:
+    condition, left, right = inputs
+    _require(left.dtype == right.dtype)
+    return np.where(condition, left, right)
+
+
+def _transpose(node: NodeProto, inputs: Any, opset: int) -> Array:
+    return np.transpose(inputs[0], attributes.get(node, "perm"))
+
+
+def _reduce(function: Callable[..., Any]) -> Rule:
+    def rule(node: NodeProto, inputs: Any, opset: int) -> Array:
+        array, axes = inputs[0], _axes(node, inputs)
+        _require(array.dtype.kind in "iu")  # sums of floats depend on their order
+        if axes is None and attributes.get(node, "noop_with_empty_axes", 0):
+            return np.asarray(array)
+        keep = bool(attributes.get(node, "keepdims", 1))
+        return np.asarray(function(array, axis=axes, keepdims=keep)).astype(array.dtype)
+
+    return rule
+
+
+def _extreme(function: Callable[..., Any]) -> Rule:
+    def rule(node: NodeProto, inputs: Any, opset: int) -> Array:
+        result = inputs[0]
+        for array in inputs[1:]:
+            _require(array.dtype == result.dtype and array.dtype.kind in "iu")
+            result = function(result, array)
+        return np.asarray(result)
+
+    return rule
+
+
+def _flat_size(node: NodeProto, inputs: Any, opset: int) -> Array:
+    return np.array(inputs[0].size, dtype=np.int64)
+
+
+_RULES: dict[str, Rule] = {
+    "Add": _arithmetic(np.add),
+    "Sub": _arithmetic(np.subtract),
+    "Mul": _arithmetic(np.multiply),
+    "Div": _div,
+    "Mod": _mod,
+    "Equal": _binary(np.equal),
+    "Less": _binary(np.less),
+    "LessOrEqual": _binary(np.less_equal),
+    "Greater": _binary(np.greater),
+    "GreaterOrEqual": _binary(np.greater_equal),
+    "And": _binary(np.logical_and),
+    "Or": _binary(np.logical_or),
+    "Not": _not,
+    "Neg": _unary(np.negative),
+    "Abs": _unary(np.abs),
+    "Floor": _unary(np.floor),
+    "Ceil": _unary(np.ceil),
+    "Identity": _unary(np.asarray),
+    "Cast": _cast,
+    "Concat": _concat,
+    "ConstantOfShape": _constant_of_shape,
+    "Expand": _expand,
+    "Gather": _gather,
+    "Max": _extreme(np.maximum),
+    "Min": _extreme(np.minimum),
+    "Range": _range,
+    "ReduceMax": _reduce(np.max),
+    "ReduceMin": _reduce(np.min),
+    "ReduceProd": _reduce(np.prod),
+    "ReduceSum": _reduce(np.sum),
+    "Reshape": _reshape,
+    "Shape": _shape,
+    "Size": _flat_size,
+    "Slice": _slice,
+    "Squeeze": _squeeze,
+    "Transpose": _transpose,
+    "Unsqueeze": _unsqueeze,
+    "Where": _where,
+}

@@ -1,0 +1,73 @@
+"""Evaluating constant subgraphs: by ONNX Runtime in a worker, else by onnx.reference.
+
+The worker starts when the first evaluation needs it and serves all that follow, at
+ORT_DISABLE_ALL: the same kernels that would compute the value at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+
+import numpy as np
+from onnx import ModelProto
+from onnx.reference import ReferenceEvaluator
+
+from onnxopt.errors import ProviderError, SessionError, WorkerError
+from onnxopt.runtime import Worker
+from onnxopt.weights import Array
+
+MEMORY_LIMIT = 2 << 30
+
+
+class EvaluationError(Exception):
+    """The value could not be computed; the text is the reason."""
+
+
+class Evaluator:
+    """Computes the outputs of models without inputs; a context manager."""
+
+    def __init__(self, timeout: float = 600.0) -> None:
+        self._worker = Worker(timeout=timeout, memory_limit=MEMORY_LIMIT)
+
+    def __enter__(self) -> Evaluator:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._worker.close()
+
+    def evaluate(self, model: ModelProto) -> dict[str, Array]:
+        """The outputs of `model`, by name. Raises EvaluationError.
+
+        The reference evaluator is asked only where ORT has no kernel for an operator.
+        """
+        names = [value.name for value in model.graph.output]
+        try:
+            session = self._worker.load(model.SerializeToString())
+            try:
+                values = session.run({})
+            finally:
+                session.close()
+        except SessionError as error:
+            if "NOT_IMPLEMENTED" not in str(error) and "ould not find" not in str(error):
+                raise EvaluationError(f"ONNX Runtime: {error}") from None
+            values = _by_reference(model, names)
+        except (WorkerError, ProviderError) as error:
+            raise EvaluationError(str(error)) from None
+        arrays = {name: values[name] for name in names}
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise EvaluationError("a value is not a tensor")
+        return arrays
+
+
+def _by_reference(model: ModelProto, names: Sequence[str]) -> dict[str, Array]:
+    try:
+        values = ReferenceEvaluator(model).run(None, {})
+    except Exception as error:  # noqa: BLE001 - it raises whatever its NumPy code does
+        raise EvaluationError(f"onnx.reference: {type(error).__name__}: {error}") from None
+    return dict(zip(names, values, strict=True))

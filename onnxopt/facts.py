@@ -1,0 +1,63 @@
+"""Measured facts of one model file for the report: digests, sizes, counts."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from onnxopt import cost
+from onnxopt.errors import UsageError
+from onnxopt.model import Model
+from onnxopt.report import Digest, Pair, Side
+from onnxopt.save import Staged, tensors
+from onnxopt.weights import CHUNK, place
+
+
+def of_file(model: Model, path: Path, base_dir: Path | None = None) -> Side:
+    """The facts of the file at `path`, which holds `model`.
+
+    The digest of external data is over its files in the order of their locations.
+    """
+    data = data_files(model, base_dir or path.parent)
+    digest = Digest(_sha256([path]), _sha256(data) if data else None)
+    size = Pair(os.path.getsize(path), sum(os.path.getsize(file) for file in data))
+    return _side(model, digest, size)
+
+
+def of_staged(model: Model, staged: Staged) -> Side:
+    """The facts of a file that was just written, whose bytes were hashed on the way."""
+    return _side(model, staged.digest, staged.bytes)
+
+
+def data_files(model: Model, base_dir: Path) -> list[Path]:
+    """The external data files that the model refers to."""
+    places = [place(tensor) for tensor in tensors(model.proto)]
+    names = {where.location for where in places if where is not None}
+    return [base_dir / name for name in sorted(names) if not name.startswith("\0")]
+
+
+def _side(model: Model, digest: Digest, size: Pair) -> Side:
+    return Side(
+        sha256=digest,
+        bytes=size,
+        nodes=cost.nodes(model),
+        parameters=cost.parameters(model),
+        macs=cost.macs(model),
+        opset={
+            entry.domain or "ai.onnx": entry.version for entry in model.proto.opset_import
+        },
+    )
+
+
+def _sha256(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                while chunk := file.read(CHUNK):
+                    digest.update(chunk)
+        except OSError as error:
+            raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Quantization arithmetic: what the ONNX operators compute, to the bit."""

@@ -1,0 +1,28 @@
+"""The passes, one file each or a small family, in folders by purpose.
+
+`PASSES` maps names to classes; `PIPELINES` names the recipes that come with onnxopt.
+"""
+
+from __future__ import annotations
+
+if not __name__.startswith("onnxopt."):
+    raise ImportError("import onnxopt.passes, not passes: the folder is linked into it")
+
+from onnxopt.manager import Pass
+from onnxopt.passes.qdq.fold_qdq_weights import FoldQdqWeights
+from onnxopt.passes.simplify.dead_code import DeadCode
+from onnxopt.passes.simplify.fold_batch_norm import FoldBatchNorm
+from onnxopt.passes.simplify.fold_constants import FoldConstants
+from onnxopt.passes.simplify.identity import RemoveIdentity
+
+PASSES: dict[str, type[Pass]] = {
+    kind.name: kind
+    for kind in (DeadCode, RemoveIdentity, FoldConstants, FoldBatchNorm, FoldQdqWeights)
+}
+
+_SIMPLIFY = ("dead-code", "identity", "fold-constants", "fold-batch-norm")
+
+PIPELINES: dict[str, tuple[str, ...]] = {
+    "default": (*_SIMPLIFY, "fold-qdq-weights"),
+    "simplify": _SIMPLIFY,
+}

@@ -1,0 +1,1 @@
+"""Rewrites around QuantizeLinear and DequantizeLinear."""

@@ -1,0 +1,194 @@
+"""fold-batch-norm: let a BatchNormalization behind a linear layer disappear into it.
+
+    t = Conv(x, W, b)
+    y = BatchNormalization(t, gamma, beta, mean, var)
+                                ->    y = Conv(x, f * W, f * (b - mean) + beta)
+                                      with f = gamma / sqrt(var + epsilon)
+
+1. Conv, ConvTranspose, Gemm, and MatMul of rank 2 (which becomes a Gemm); f scales the
+   output channels of the weight, whatever their axis and groups.
+2. All parameters are constants, the layer's output has no other reader, and the
+   BatchNormalization runs in inference mode with one output.
+3. Computed in float64 and rounded once to the weight's dtype.
+
+Source: Jacob et al., Quantization and Training of Neural Networks, section 3.2
+(https://arxiv.org/abs/1712.05877); the ONNX operator's formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from onnx import NodeProto
+
+from onnxopt import attributes
+from onnxopt.edit import Edit
+from onnxopt.graph import GraphView
+from onnxopt.manager import Context, Pass
+from onnxopt.report import Guarantee
+
+Floats = npt.NDArray[np.float64]
+_FLOATS = ("float32", "float16", "bfloat16", "float64")
+
+
+class _Declined(Exception):
+    """The rewrite does not apply; the text is the reason."""
+
+
+@dataclass(frozen=True)
+class FoldBatchNorm(Pass):
+    """Fold BatchNormalization into the Conv, ConvTranspose, Gemm or MatMul before it."""
+
+    name: ClassVar[str] = "fold-batch-norm"
+    guarantee: ClassVar[Guarantee] = "equivalent"
+
+    def run(self, graph: GraphView, context: Context) -> None:
+        """Look at the node before every BatchNormalization."""
+        for norm in graph.visit(self, ("BatchNormalization",)):
+            try:
+                edit = _folded(graph, norm)
+            except _Declined as declined:
+                graph.skip(norm, str(declined))
+            else:
+                graph.apply(edit, "a linear layer can do its own scale and shift")
+
+
+def _folded(graph: GraphView, norm: NodeProto) -> Edit:
+    _check_inference(graph, norm)
+    layer = graph.producer(norm.input[0])
+    fold = _LAYERS.get(graph.op(layer)) if layer is not None else None
+    if layer is None or fold is None:
+        raise _Declined("no linear layer stands before it")
+    if graph.only_use(norm.input[0]) is None:
+        raise _Declined("the layer before it has other readers")
+    factor, shift = _scale_and_shift(graph, norm)
+    edit = Edit(graph, norm)
+    fold(graph, edit, layer, factor, shift)
+    edit.bypass(norm, {norm.output[0]: layer.output[0]})
+    return edit
+
+
+def _check_inference(graph: GraphView, norm: NodeProto) -> None:
+    if any(name and graph.is_used(name) for name in norm.output[1:]):
+        raise _Declined("its statistics are read")
+    if attributes.get(norm, "training_mode", 0):
+        raise _Declined("it runs in training mode")
+    if graph.opset() < 7 and not attributes.get(norm, "is_test", 0):
+        raise _Declined("it runs in training mode")
+    if graph.opset() < 9 and not attributes.get(norm, "spatial", 1):
+        raise _Declined("its parameters are per element (spatial=0)")
+
+
+def _constant(graph: GraphView, name: str) -> Floats:
+    array = graph.array(name)
+    if array is None:
+        raise _Declined(f"{name!r} is not a constant")
+    if str(array.dtype) not in _FLOATS:
+        raise _Declined(f"{name!r} is of type {array.dtype}")
+    return np.asarray(array).astype(np.float64)
+
+
+def _scale_and_shift(graph: GraphView, norm: NodeProto) -> tuple[Floats, Floats]:
+    """y = factor * x + shift, per channel."""
+    gamma, beta, mean, variance = (_constant(graph, name) for name in norm.input[1:5])
+    epsilon = float(np.float32(attributes.get(norm, "epsilon", 1e-5)))
+    with np.errstate(all="ignore"):
+        factor = gamma / np.sqrt(variance + epsilon)
+        shift = beta - mean * factor
+    if not (np.isfinite(factor).all() and np.isfinite(shift).all()):
+        raise _Declined("its scale or shift is not finite")
+    return factor, shift
+
+
+def _set_constant(
+    graph: GraphView, edit: Edit, layer: NodeProto, slot: int, value: Floats, like: Any
+) -> None:
+    """Give input `slot` of the layer a new value, under its old name where it is its own."""
+    with np.errstate(over="ignore"):
+        array = value.astype(like)
+    if not np.isfinite(array.astype(np.float64)).all():
+        raise _Declined(f"a folded weight does not fit into {np.dtype(like)}")
+    name = layer.input[slot] if slot < len(layer.input) else ""
+    if name and graph.only_use_everywhere(name) is not None:
+        edit.set_weight(name, array)
+    else:
+        hint = name or f"{layer.input[1]}_bias"
+        edit.set_input(layer, slot, edit.add_weight(array, hint))
+
+
+def _bias(graph: GraphView, layer: NodeProto, channels: int) -> Floats:
+    if len(layer.input) > 2 and layer.input[2]:
+        return _constant(graph, layer.input[2])
+    return np.zeros(channels)
+
+
+def _fold_conv(
+    graph: GraphView, edit: Edit, conv: NodeProto, factor: Floats, shift: Floats
+) -> None:
+    weight = _constant(graph, conv.input[1])
+    _check_channels(weight.shape[0], factor)
+    scaled = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
+    _write(graph, edit, conv, scaled, _bias(graph, conv, len(factor)) * factor + shift)
+
+
+def _fold_conv_transpose(
+    graph: GraphView, edit: Edit, conv: NodeProto, factor: Floats, shift: Floats
+) -> None:
+    """The weight is [in, out / group, ...]; out channels run group by group."""
+    weight, group = _constant(graph, conv.input[1]), attributes.get(conv, "group", 1)
+    _check_channels(weight.shape[1] * group, factor)
+    grouped = weight.reshape(group, weight.shape[0] // group, *weight.shape[1:])
+    scaled = grouped * factor.reshape(group, 1, -1, *[1] * (weight.ndim - 2))
+    bias = _bias(graph, conv, len(factor)) * factor + shift
+    _write(graph, edit, conv, scaled.reshape(weight.shape), bias)
+
+
+def _fold_gemm(
+    graph: GraphView, edit: Edit, gemm: NodeProto, factor: Floats, shift: Floats
+) -> None:
+    weight = _constant(graph, gemm.input[1])
+    transposed = attributes.get(gemm, "transB", 0)
+    _check_channels(weight.shape[0 if transposed else 1], factor)
+    bias = _bias(graph, gemm, len(factor)) * float(attributes.get(gemm, "beta", 1.0))
+    if bias.size not in (1, len(factor)) or (bias.ndim and bias.shape[-1] != bias.size):
+        raise _Declined("the bias of the Gemm is not one per channel")
+    bias = np.broadcast_to(bias.reshape(-1), factor.shape) * factor + shift
+    _write(graph, edit, gemm, weight * (factor[:, None] if transposed else factor), bias)
+    edit.set_attribute(gemm, "beta", None)
+
+
+def _fold_matmul(
+    graph: GraphView, edit: Edit, product: NodeProto, factor: Floats, shift: Floats
+) -> None:
+    shape = graph.shape(product.input[0])
+    weight = _constant(graph, product.input[1])
+    if shape is None or len(shape) != 2 or weight.ndim != 2:
+        raise _Declined("the MatMul before it is not of rank 2")
+    _check_channels(weight.shape[1], factor)
+    edit.set_op_type(product, "Gemm")
+    _write(graph, edit, product, weight * factor, shift)
+
+
+def _check_channels(channels: int, factor: Floats) -> None:
+    if channels != len(factor):
+        raise _Declined(f"{channels} channels before it, {len(factor)} in it")
+
+
+def _write(
+    graph: GraphView, edit: Edit, layer: NodeProto, weight: Floats, bias: Floats
+) -> None:
+    like = np.asarray(graph.array(layer.input[1])).dtype
+    _set_constant(graph, edit, layer, 1, weight, like)
+    _set_constant(graph, edit, layer, 2, bias, like)
+
+
+_LAYERS: dict[str, Callable[[GraphView, Edit, NodeProto, Floats, Floats], None]] = {
+    "Conv": _fold_conv,
+    "ConvTranspose": _fold_conv_transpose,
+    "Gemm": _fold_gemm,
+    "MatMul": _fold_matmul,
+}

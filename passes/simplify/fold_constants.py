@@ -1,0 +1,276 @@
+"""fold-constants: compute at once what does not depend on the inputs.
+
+    W2 = Transpose(W)           W2: initializer
+    y  = MatMul(x, W2)    ->    y  = MatMul(x, W2)
+
+1. Constant nodes become initializers, where the scope can hold them.
+2. Small integer and shape arithmetic is done in NumPy (`onnxopt.arithmetic`), and so is
+   the Shape of a value whose dims are known.
+3. The rest is evaluated by ONNX Runtime, all of a scope's constant nodes in one session.
+4. A fold may not grow the model by more than `max_growth` bytes: what expands a small
+   constant (ConstantOfShape, Expand, Tile, Cast of int8 weights...) stays as it is.
+5. Never folded: DequantizeLinear (it would expand integer weights) and QuantizeLinear
+   (`fold-qdq-weights` does that), whatever is random, and nodes with subgraphs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper
+
+from onnxopt import arithmetic, attributes
+from onnxopt.edit import Edit
+from onnxopt.evaluate import EvaluationError
+from onnxopt.graph import GraphView, constant_value
+from onnxopt.manager import Context, Pass
+from onnxopt.report import Guarantee
+from onnxopt.weights import Array, payload_bytes
+
+_NEVER = {
+    "Bernoulli",
+    "DequantizeLinear",
+    "Dropout",
+    "Multinomial",
+    "QuantizeLinear",
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+}
+_NARROW = {
+    TensorProto.INT8,
+    TensorProto.UINT8,
+    TensorProto.INT4,
+    TensorProto.UINT4,
+    TensorProto.FLOAT8E4M3FN,
+    TensorProto.FLOAT8E5M2,
+}
+MAX_VALUE_BYTES = 512 << 20
+"""No value larger than this is computed, not even on the way to a smaller one."""
+
+
+@dataclass(frozen=True)
+class FoldConstants(Pass):
+    """Compute constant expressions, without growing the model by more than `max_growth`."""
+
+    name: ClassVar[str] = "fold-constants"
+    guarantee: ClassVar[Guarantee] = "bitwise"
+
+    max_growth: int = 4096
+
+    def run(self, graph: GraphView, context: Context) -> None:
+        """First what NumPy does, to its end; then the rest in one session."""
+        rest: dict[int, NodeProto] = {}
+        for node in graph.visit(self):
+            if node.op_type == "Constant":
+                _lift(graph, node)
+            elif _is_foldable(graph, node) and not self._fold_small(graph, node):
+                rest[id(node)] = node
+        pending = _constant_closure(graph, [n for n in rest.values() if graph.holds(n)])
+        if pending:
+            self._fold_rest(graph, context, pending)
+
+    def _fold_small(self, graph: GraphView, node: NodeProto) -> bool:
+        value = _known_shape(graph, node)
+        if value is None and all(_is_small(graph, name) for name in node.input):
+            inputs = [graph.array(name) if name else None for name in node.input]
+            value = arithmetic.evaluate(node, inputs, graph.opset())
+        if value is None:
+            return False
+        self._replace(graph, node, {node.output[0]: value})
+        return True
+
+    def _fold_rest(
+        self, graph: GraphView, context: Context, pending: dict[int, NodeProto]
+    ) -> None:
+        for group in _groups(graph, pending):
+            frontier = [node for node in group if _is_frontier(graph, node, pending)]
+            try:
+                values = context.evaluator.evaluate(_model(graph, group, frontier))
+            except EvaluationError as error:
+                for node in frontier:
+                    graph.skip(node, f"its value could not be computed: {error}")
+                continue
+            self._replace_all(graph, frontier, values)
+
+    def _replace_all(
+        self, graph: GraphView, nodes: list[NodeProto], values: dict[str, Array]
+    ) -> None:
+        """All at once, since they may share a source; where that grows too much, singly."""
+        if len(nodes) > 1 and _together(graph, nodes, values, self.max_growth):
+            return
+        for node in nodes:
+            self._replace(graph, node, {n: values[n] for n in node.output if n in values})
+
+    def _replace(
+        self, graph: GraphView, node: NodeProto, values: dict[str, Array]
+    ) -> None:
+        if any(graph.is_output(name) for name in values) and not _may_output(graph):
+            graph.skip(node, "a constant cannot be an output at this IR version")
+            return
+        edit = Edit(graph, node, max_growth=self.max_growth)
+        edit.erase(node)
+        for name, value in values.items():
+            edit.add_weight(value, name, name=name)
+        graph.apply(edit, "it does not depend on the inputs")
+
+
+def _lift(graph: GraphView, node: NodeProto) -> None:
+    """A Constant node becomes an initializer of the same name."""
+    value = constant_value(node)
+    if value is None or not graph.holds_initializers or graph.is_output(node.output[0]):
+        return
+    tensor = TensorProto()
+    tensor.CopyFrom(value)
+    tensor.metadata_props.extend(node.metadata_props)
+    tensor.doc_string = tensor.doc_string or node.doc_string
+    edit = Edit(graph, node)
+    edit.erase(node)
+    edit.add_weight(tensor, node.output[0], name=node.output[0])
+    graph.apply(edit, "a constant can be an initializer")
+
+
+def _may_output(graph: GraphView) -> bool:
+    return graph.is_function or graph.model.proto.ir_version >= 4
+
+
+def _is_foldable(graph: GraphView, node: NodeProto) -> bool:
+    """Whether the pass may compute this operator at all, its inputs aside."""
+    if graph.op(node) != node.op_type or node.op_type in _NEVER or not node.output:
+        return False
+    if node.op_type == "Cast" and graph.dtype(node.input[0]) in _NARROW:
+        # integer weights behind a Cast stay integer, however small the model
+        tensor = graph.weight(node.input[0])
+        if tensor is not None and math.prod(tensor.dims) > arithmetic.MAX_ELEMENTS:
+            graph.skip(node, "it would expand integer weights")
+            return False
+    return not any(True for _ in attributes.subgraphs(node))
+
+
+def _is_small(graph: GraphView, name: str) -> bool:
+    """Whether an input is absent, or a constant that the NumPy table may take."""
+    if not name:
+        return True
+    tensor = graph.weight(name)
+    return tensor is not None and math.prod(tensor.dims) <= arithmetic.MAX_ELEMENTS
+
+
+def _known_shape(graph: GraphView, node: NodeProto) -> Array | None:
+    """What Shape (or Size) gives where inference knows all the dims that it takes."""
+    if node.op_type not in ("Shape", "Size"):
+        return None
+    shape = graph.shape(node.input[0])
+    if shape is None:
+        return None
+    if node.op_type == "Shape":
+        start, end = attributes.get(node, "start", 0), attributes.get(node, "end")
+        shape = shape[start:end]
+    if not all(isinstance(dim, int) for dim in shape):
+        return None
+    dims = np.array(shape, dtype=np.int64)
+    return dims if node.op_type == "Shape" else np.array(math.prod(dims.tolist()), np.int64)
+
+
+def _constant_closure(
+    graph: GraphView, candidates: list[NodeProto]
+) -> dict[int, NodeProto]:
+    """Those candidates that depend on nothing but constants, by way of one another."""
+    pending: dict[int, NodeProto] = {}
+    names: set[str] = set()
+    order = {id(node): index for index, node in enumerate(graph.nodes())}
+    for node in sorted(candidates, key=lambda node: order[id(node)]):
+        inputs = [name for name in node.input if name]
+        # Constant nodes and operators without inputs are constants from the start
+        if not all(n in names or graph.weight(n) is not None for n in inputs):
+            continue
+        reason = _too_large(graph, node)
+        if reason is None:
+            pending[id(node)] = node
+            names.update(node.output)
+        elif inputs:
+            graph.skip(node, reason)
+    return pending
+
+
+def _too_large(graph: GraphView, node: NodeProto) -> str | None:
+    """Why the values of a constant node must not be computed; None where they may."""
+    for name in filter(None, node.output):
+        shape, dtype = graph.shape(name), graph.dtype(name)
+        if shape is None or dtype is None or not all(isinstance(d, int) for d in shape):
+            return "the size of its value is not known before it is computed"
+        size = payload_bytes(dtype, math.prod(int(dim or 0) for dim in shape))
+        if size > MAX_VALUE_BYTES:
+            return f"its value would take {size:,} bytes"
+    return None
+
+
+def _is_frontier(graph: GraphView, node: NodeProto, pending: dict[int, NodeProto]) -> bool:
+    """Whether something other than pending nodes reads what `node` makes."""
+    return any(
+        graph.is_output(name)
+        or any(id(use.node) not in pending for use in graph.uses(name))
+        for name in filter(None, node.output)
+    )
+
+
+def _groups(graph: GraphView, pending: dict[int, NodeProto]) -> Iterator[list[NodeProto]]:
+    """Pending nodes that share values or sources: what goes into one session."""
+    leader: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while leader.setdefault(name, name) != name:
+            leader[name] = leader[leader[name]]
+            name = leader[name]
+        return name
+
+    for node in pending.values():
+        first, *others = [name for name in (*node.output, *node.input) if name]
+        for name in others:
+            leader[find(name)] = find(first)
+    groups: dict[str, list[NodeProto]] = {}
+    for node in pending.values():
+        groups.setdefault(find(node.output[0]), []).append(node)
+    yield from groups.values()
+
+
+def _model(
+    graph: GraphView, nodes: list[NodeProto], frontier: list[NodeProto]
+) -> ModelProto:
+    """A model without inputs that computes what is read of the frontier."""
+    made = {name for node in nodes for name in node.output}
+    model = ModelProto(ir_version=max(graph.model.proto.ir_version, 4))
+    model.opset_import.append(helper.make_opsetid("", graph.opset()))
+    model.graph.name = "constants"
+    for name in sorted({n for node in nodes for n in node.input if n and n not in made}):
+        tensor = graph.weight(name)
+        assert tensor is not None
+        inline = model.graph.initializer.add()
+        inline.CopyFrom(graph.model.weights.inline(tensor))
+        inline.name = name
+    model.graph.node.extend(nodes)
+    for node in frontier:
+        for name in filter(None, node.output):
+            if graph.is_used(name):
+                dtype = graph.dtype(name) or TensorProto.UNDEFINED
+                model.graph.output.append(helper.make_tensor_value_info(name, dtype, None))
+    return model
+
+
+def _together(
+    graph: GraphView, nodes: list[NodeProto], values: dict[str, Array], max_growth: int
+) -> bool:
+    if any(graph.is_output(name) for name in values) and not _may_output(graph):
+        return False
+    edit = Edit(graph, nodes[0], max_growth=max_growth)
+    for node in nodes:
+        edit.erase(node)
+    for name, value in values.items():
+        edit.add_weight(value, name, name=name)
+    return graph.apply(edit, "they do not depend on the inputs")
+
+
