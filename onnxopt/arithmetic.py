@@ -106,7 +106,7 @@ def _unary(function: Callable[..., Any]) -> Rule:
 
 
 def _not(node: NodeProto, inputs: Any, opset: int) -> Array:
-    return np.logical_not(inputs[0])
+    return np.asarray(np.logical_not(inputs[0]))
 
 
 def _cast(node: NodeProto, inputs: Any, opset: int) -> Array:
@@ -122,7 +122,7 @@ def _cast(node: NodeProto, inputs: Any, opset: int) -> Array:
 
 def _concat(node: NodeProto, inputs: Any, opset: int) -> Array:
     _require(all(array.dtype == inputs[0].dtype for array in inputs))
-    return np.concatenate(inputs, axis=attributes.get(node, "axis", 1))
+    return np.asarray(np.concatenate(inputs, axis=attributes.get(node, "axis", 1)))
 
 
 def _gather(node: NodeProto, inputs: Any, opset: int) -> Array:
@@ -138,7 +138,7 @@ def _axes(node: NodeProto, inputs: Any, slot: int = 1) -> tuple[int, ...] | None
 
 
 def _squeeze(node: NodeProto, inputs: Any, opset: int) -> Array:
-    return np.squeeze(inputs[0], axis=_axes(node, inputs))
+    return np.asarray(np.squeeze(inputs[0], axis=_axes(node, inputs)))
 
 
 def _unsqueeze(node: NodeProto, inputs: Any, opset: int) -> Array:
@@ -186,7 +186,9 @@ def _constant_of_shape(node: NodeProto, inputs: Any, opset: int) -> Array:
         return np.zeros(dims, np.float32)
     from onnx import numpy_helper
 
-    return np.full(dims, numpy_helper.to_array(value).item(), numpy_helper.to_array(value).dtype)
+    return np.full(
+        dims, numpy_helper.to_array(value).item(), numpy_helper.to_array(value).dtype
+    )
 
 
 def _range(node: NodeProto, inputs: Any, opset: int) -> Array:
@@ -205,7 +207,7 @@ def _expand(node: NodeProto, inputs: Any, opset: int) -> Array:
 def _where(node: NodeProto, inputs: Any, opset: int) -> Array:
     condition, left, right = inputs
     _require(left.dtype == right.dtype)
-    return np.where(condition, left, right)
+    return np.asarray(np.where(condition, left, right))
 
 
 def _transpose(node: NodeProto, inputs: Any, opset: int) -> Array:

@@ -12,7 +12,8 @@ def find(node: NodeProto, name: str) -> AttributeProto | None:
     """The attribute called `name`, None where the node has none."""
     for attribute in node.attribute:
         if attribute.name == name:
-            return attribute
+            found: AttributeProto = attribute
+            return found
     return None
 
 

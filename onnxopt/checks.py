@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import onnx
 from onnx import (
@@ -28,7 +29,7 @@ from onnxopt.weights import elements, payload_bytes, place
 MAX_BYTES = 1 << 46
 """No tensor is larger than this (64 TiB): dims beyond are garbage, or a bomb."""
 
-_TYPED_FIELD = {
+_TYPED_FIELD: dict[int, tuple[str, int]] = {
     TensorProto.FLOAT: ("float_data", 1),
     TensorProto.COMPLEX64: ("float_data", 2),
     TensorProto.DOUBLE: ("double_data", 1),
@@ -67,21 +68,17 @@ def trained_names(proto: ModelProto) -> set[str]:
 def _check_versions(proto: ModelProto) -> None:
     if not 1 <= proto.ir_version <= onnx.IR_VERSION:
         raise InvalidModelError(
-            f"IR version {proto.ir_version} is not one that onnx {onnx.__version__} knows "
-            f"(1 to {onnx.IR_VERSION})"
+            f"IR version {proto.ir_version} is not one that onnx {onnx.__version__} "
+            f"knows (1 to {onnx.IR_VERSION})"
         )
     newest = onnx.defs.onnx_opset_version()
-    for entry in (
-        *proto.opset_import,
-        *(e for f in proto.functions for e in f.opset_import),
-    ):
-        bad = entry.version < 1 or (
-            entry.domain in ("", "ai.onnx") and entry.version > newest
-        )
-        if bad:
+    own = [entry for function in proto.functions for entry in function.opset_import]
+    for entry in (*proto.opset_import, *own):
+        standard = entry.domain in ("", "ai.onnx")
+        if entry.version < 1 or (standard and entry.version > newest):
             raise InvalidModelError(
-                f"opset {entry.version} of domain {entry.domain or 'ai.onnx'!r} is not one "
-                f"that onnx {onnx.__version__} knows (1 to {newest})"
+                f"opset {entry.version} of domain {entry.domain or 'ai.onnx'!r} is not "
+                f"one that onnx {onnx.__version__} knows (1 to {newest})"
             )
     if not proto.opset_import and proto.ir_version >= 3:
         raise InvalidModelError("the model imports no operator set")
@@ -197,8 +194,7 @@ def _check_node(
         kind = kinds.get(attribute.name)
         if kind is not None and attribute.type not in (kind, AttributeProto.UNDEFINED):
             raise InvalidModelError(
-                f"{where} is of type {AttributeProto.AttributeType.Name(attribute.type)}, "
-                f"not {AttributeProto.AttributeType.Name(kind)}"
+                f"{where} is of type {_type_name(attribute.type)}, not {_type_name(kind)}"
             )
         if attribute.type == AttributeProto.TENSOR and not attribute.ref_attr_name:
             _check_tensor(attribute.t, where)
@@ -212,4 +208,9 @@ def _attribute_kinds(op_type: str, version: int) -> dict[str, int]:
         schema = onnx.defs.get_schema(op_type, version)
     except onnx.defs.SchemaError:
         return {}
-    return {name: int(item.type.value) for name, item in schema.attributes.items()}
+    kinds: Any = schema.attributes
+    return {name: int(item.type.value) for name, item in kinds.items()}
+
+
+def _type_name(kind: int) -> str:
+    return AttributeProto.AttributeType.Name(kind)

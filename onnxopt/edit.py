@@ -9,6 +9,7 @@ bytes is known when the budget is asked.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ class Edit:
         self.graph = graph
         self._subject = node
         self.max_growth = max_growth
-        self._steps: list[Callable[[_Journal], None]] = []
+        self._steps: list[Callable[[_Journal], object]] = []
 
     @property
     def node(self) -> NodeProto:
@@ -93,7 +94,7 @@ class Edit:
         *,
         domain: str = "",
     ) -> None:
-        """Put a node with the same outputs, name and metadata in place of the edit's own."""
+        """Put a node with the same outputs, name and metadata in the edit's place."""
         node = self.node
         made = helper.make_node(
             op_type, inputs, node.output, name=node.name or None, domain=domain
@@ -119,7 +120,7 @@ class Edit:
         self._steps.append(lambda j: j.bypass(self.graph, node, values))
 
     def set_input(self, node: NodeProto, index: int, name: str) -> None:
-        """Let input slot `index` of `node` read `name`; slots up to it are filled with ""."""
+        """Let input `index` of `node` read `name`; slots before it are filled with ""."""
         self._steps.append(lambda j: j.set_input(self.graph, node, index, name))
 
     def set_op_type(self, node: NodeProto, op_type: str) -> None:
@@ -157,7 +158,7 @@ class Edit:
         """Correct the declared type of an inner value, where one is declared."""
         self._steps.append(lambda j: j.set_shape(self.graph, name, elem_type, dims))
 
-    def then(self, step: Callable[[_Journal], None]) -> None:
+    def then(self, step: Callable[[_Journal], object]) -> None:
         """Add a change of the caller's own; it must note its inverse in the journal."""
         self._steps.append(step)
 
@@ -213,15 +214,13 @@ class _Journal:
         """What was touched, and the nodes of outer scopes that it stands in."""
         for view, node in self.touched:
             yield view, node
-            while view.parent is not None and view.owner is not None:
-                view, node = view.parent, view.owner
-                yield view, node
+            yield from view.enclosing()
 
     # ---- nodes ----
 
     def insert(self, view: GraphView, node: NodeProto, anchor: NodeProto) -> NodeProto:
         view.proto.node.append(node)
-        kept = view.proto.node[-1]
+        kept: NodeProto = view.proto.node[-1]
         place = view._rank[id(anchor)][0]
         self._attach(view, kept, (place, view.model.next_sequence()))
         view._misplaced = True
@@ -448,7 +447,7 @@ class _Journal:
             if value.name == name:
                 before = type(value).FromString(value.SerializeToString())
                 value.type.CopyFrom(helper.make_tensor_type_proto(elem_type, dims))
-                self.undo.append(lambda v=value, b=before: v.CopyFrom(b))
+                self.undo.append(functools.partial(value.CopyFrom, before))
 
     # ---- finishing ----
 

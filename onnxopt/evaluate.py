@@ -69,5 +69,7 @@ def _by_reference(model: ModelProto, names: Sequence[str]) -> dict[str, Array]:
     try:
         values = ReferenceEvaluator(model).run(None, {})
     except Exception as error:  # noqa: BLE001 - it raises whatever its NumPy code does
-        raise EvaluationError(f"onnx.reference: {type(error).__name__}: {error}") from None
+        raise EvaluationError(
+            f"onnx.reference: {type(error).__name__}: {error}"
+        ) from None
     return dict(zip(names, values, strict=True))

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, MutableSequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from onnx import FunctionProto, GraphProto, NodeProto, TensorProto, helper
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 Shape = tuple[int | str | None, ...]
 
 
-class Use(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class Use:
     """Input slot `index` of `node`, which stands in `view` (an inner scope captures)."""
 
     node: NodeProto
@@ -99,7 +101,7 @@ class GraphView:
         return f"{node.domain}::{node.op_type}"
 
     def producer(self, name: str) -> NodeProto | None:
-        """The node of this scope that makes `name`; None for inputs, weights, captures."""
+        """The node of this scope that makes `name`; None for inputs and weights."""
         return self._producer.get(name)
 
     def uses(self, name: str) -> list[Use]:
@@ -120,6 +122,11 @@ class GraphView:
         if len(uses) != 1 or name in self._outputs or name in self._pinned:
             return None
         return next(iter(uses.values()))
+
+    def home_uses(self, name: str) -> list[Use]:
+        """`uses`, asked of the scope that defines `name`."""
+        home = self.home(name)
+        return home.uses(name) if home is not None else []
 
     def only_use_everywhere(self, name: str) -> Use | None:
         """`only_use`, asked of the scope that defines `name`."""
@@ -142,7 +149,7 @@ class GraphView:
         return None
 
     def weight(self, name: str) -> TensorProto | None:
-        """The constant tensor called `name`: an initializer or a Constant node's value.
+        """The constant called `name`: an initializer or a Constant node's value.
 
         None where the caller of the model may override it, and for sparse tensors.
         """
@@ -167,6 +174,20 @@ class GraphView:
     def dtype(self, name: str) -> int | None:
         """The inferred ONNX element type of `name`."""
         return self.model.shapes.dtype(self, name)
+
+    def same_shape(self, first: str, second: str) -> bool:
+        """Whether two values are known to have equal dims, symbols included."""
+        dims = self.shape(first)
+        if dims is None or dims != self.shape(second):
+            return False
+        return all(
+            isinstance(dim, int) or (dim and self.model.shapes.is_reliable(dim))
+            for dim in dims
+        )
+
+    def precedes(self, first: NodeProto, second: NodeProto) -> bool:
+        """Whether `first` stands before `second` in this scope's order."""
+        return self._rank[id(first)] < self._rank[id(second)]
 
     def fresh(self, hint: str) -> str:
         """A value name that no scope of the model uses."""
@@ -346,9 +367,10 @@ class GraphView:
 
     def ancestor(self, outer: GraphView, node: NodeProto) -> NodeProto:
         """`node` itself, or the node of scope `outer` whose subgraph it stands in."""
-        view = self
-        while view is not outer and view.parent is not None and view.owner is not None:
-            view, node = view.parent, view.owner
+        if self is not outer:
+            for view, owner in self.enclosing():
+                if view is outer:
+                    return owner
         return node
 
     def _drop_use(self, node: NodeProto, index: int, name: str) -> None:
@@ -441,6 +463,13 @@ class GraphView:
         rank = self._rank[id(node)]
         return any(self._rank[id(maker)] >= rank for maker in self._sources(node))
 
+    def enclosing(self) -> Iterator[tuple[GraphView, NodeProto]]:
+        """The scopes around this one, each with the node that holds it, inner first."""
+        view = self
+        while view.parent is not None and view.owner is not None:
+            yield view.parent, view.owner
+            view = view.parent
+
     def depends_on_itself(self, node: NodeProto) -> bool:
         """Whether there is a cycle through `node`."""
         stack, seen = [node], set[int]()
@@ -488,7 +517,7 @@ class GraphView:
 
 
 def constant_value(node: NodeProto) -> TensorProto | None:
-    """The value of a Constant node as a tensor; None for other nodes and sparse values."""
+    """The value of a Constant node as a tensor; None for all else and sparse values."""
     if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
         return None
     if len(node.attribute) != 1 or node.attribute[0].ref_attr_name:

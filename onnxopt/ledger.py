@@ -89,7 +89,7 @@ class Ledger:
             skips[graph.scope, id(node)] = graph, node, reason
 
     def reports(self) -> list[PassReport]:
-        """One report a pass, in the order of the first run; skips of living nodes only."""
+        """One report a pass, in order of the first run; skips of living nodes only."""
         for name, report in self._reports.items():
             report.skipped = [
                 Skip(node=graph.label(node), scope=graph.scope, reason=reason)

@@ -105,7 +105,7 @@ class Model:
             return cls(_copy_large(proto, weights), weights)
         if len(data) < wire.MIN_PAYLOAD:
             return cls(_parse(io.BytesIO(data), "the model"), weights)
-        file = tempfile.TemporaryFile(prefix="onnxopt-")
+        file = tempfile.TemporaryFile(prefix="onnxopt-")  # noqa: SIM115 - as above
         file.write(data)
         file.flush()
         weights.add_source(_SOURCE, file, "the model")

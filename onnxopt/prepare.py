@@ -74,12 +74,16 @@ def raise_opset(model: Model, version: int) -> Model:
         converted = version_converter.convert_version(_convertible(model), version)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"onnx cannot convert opset {current} to {version}: {reason}") from None
+        raise UsageError(
+            f"onnx cannot convert opset {current} to {version}: {reason}"
+        ) from None
     _restore_metadata(model.proto, converted)
     try:
         made = Model(converted, model.weights)
     except InvalidModelError as error:
-        raise UsageError(f"onnx's conversion to opset {version} is broken: {error}") from None
+        raise UsageError(
+            f"onnx's conversion to opset {version} is broken: {error}"
+        ) from None
     made.notes += [*model.notes, f"opset {current} became {version}"]
     return made
 

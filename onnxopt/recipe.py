@@ -49,7 +49,7 @@ def pass_table() -> dict[str, type[Pass]]:
 
 
 def make_pass(name: str, parameters: Mapping[str, Any] | None = None) -> Pass:
-    """The pass called `name` with its parameters; raises UsageError naming what is wrong."""
+    """The pass `name` with its parameters; raises UsageError naming what is wrong."""
     table = pass_table()
     if name not in table:
         raise UsageError(f"unknown pass {name!r}; there are {', '.join(sorted(table))}")

@@ -7,6 +7,7 @@ declared ranks are sometimes wrong, and a rewrite may only rest on what is infer
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from onnx import GraphProto, ModelProto, TypeProto, ValueInfoProto, shape_inference
@@ -34,6 +35,7 @@ class Shapes:
         self._model = model
         self._known: dict[int, Known] = {}
         self._version = -1
+        self._promised: set[str] | None = None
 
     def shape(self, view: GraphView, name: str) -> Shape | None:
         """Dims of `name` (int, symbol or None each), None where even the rank is open."""
@@ -44,6 +46,23 @@ class Shapes:
         """ONNX element type of `name`, None where unknown."""
         found = self._find(view, name)
         return found[0] if found and found[0] else None
+
+    def is_reliable(self, symbol: str) -> bool:
+        """Whether equal symbols mean equal sizes.
+
+        A symbol that several input dims share is only a promise: ONNX Runtime runs
+        feeds that break it. One that inference made, or that one dim has, is a fact.
+        """
+        if self._promised is None:
+            counts = Counter(
+                dim.dim_param
+                for view in self._model.views()
+                if isinstance(view.proto, GraphProto)
+                for value in view.proto.input
+                for dim in value.type.tensor_type.shape.dim
+            )
+            self._promised = {name for name, count in counts.items() if count > 1}
+        return symbol not in self._promised
 
     def _find(self, view: GraphView, name: str) -> tuple[int, Shape | None] | None:
         home = view.home(name)

@@ -40,9 +40,7 @@ def _given(scope: GraphProto | FunctionProto) -> set[str]:
     return {*weights, *sparse, *(value.name for value in scope.input)}
 
 
-def _verify_scope(
-    scope: GraphProto | FunctionProto, outer: set[str], where: str
-) -> None:
+def _verify_scope(scope: GraphProto | FunctionProto, outer: set[str], where: str) -> None:
     own = _given(scope)
     visible = outer | own
     for node in scope.node:

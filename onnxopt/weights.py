@@ -17,7 +17,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxopt.errors import InvalidModelError, UsageError
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]
 
 CHUNK = 4 << 20
 SPILL_FROM = 1 << 20
@@ -213,7 +213,7 @@ class WeightStore:
         """A tensor equal to the inline `tensor` whose payload lies in the spill file."""
         payload = tensor.raw_data
         if self._spill is None:
-            self._spill = tempfile.TemporaryFile(prefix="onnxopt-")
+            self._spill = tempfile.TemporaryFile(prefix="onnxopt-")  # noqa: SIM115
             self.add_source(_SPILL, self._spill, "the spill file")
         self._spill.seek(self._spill_end)
         self._spill.write(payload)
@@ -224,7 +224,7 @@ class WeightStore:
         return slim
 
     def check(self, tensor: TensorProto) -> None:
-        """Raise InvalidModelError where the payload of an external tensor is not there."""
+        """Raise InvalidModelError where the payload of an outside tensor is not there."""
         where = place(tensor)
         if where is None:
             return

@@ -10,17 +10,37 @@ if not __name__.startswith("onnxopt."):
 
 from onnxopt.manager import Pass
 from onnxopt.passes.qdq.fold_qdq_weights import FoldQdqWeights
+from onnxopt.passes.simplify.cse import ShareCommonSubexpressions
 from onnxopt.passes.simplify.dead_code import DeadCode
 from onnxopt.passes.simplify.fold_batch_norm import FoldBatchNorm
 from onnxopt.passes.simplify.fold_constants import FoldConstants
 from onnxopt.passes.simplify.identity import RemoveIdentity
+from onnxopt.passes.simplify.no_op import RemoveNoOp
+from onnxopt.passes.simplify.reshape_chain import MergeReshapes
 
 PASSES: dict[str, type[Pass]] = {
     kind.name: kind
-    for kind in (DeadCode, RemoveIdentity, FoldConstants, FoldBatchNorm, FoldQdqWeights)
+    for kind in (
+        DeadCode,
+        RemoveIdentity,
+        RemoveNoOp,
+        FoldConstants,
+        MergeReshapes,
+        ShareCommonSubexpressions,
+        FoldBatchNorm,
+        FoldQdqWeights,
+    )
 }
 
-_SIMPLIFY = ("dead-code", "identity", "fold-constants", "fold-batch-norm")
+_SIMPLIFY = (
+    "dead-code",
+    "identity",
+    "fold-constants",
+    "no-op",
+    "reshape-chain",
+    "cse",
+    "fold-batch-norm",
+)
 
 PIPELINES: dict[str, tuple[str, ...]] = {
     "default": (*_SIMPLIFY, "fold-qdq-weights"),

@@ -60,7 +60,7 @@ def _is_constant(graph: GraphView, node: NodeProto) -> bool:
 
 
 def _by_parameters(graph: GraphView, weight: str) -> list[list[NodeProto]]:
-    """The nodes of this scope that quantize `weight`, those with equal results together."""
+    """The nodes here that quantize `weight`, those with equal results together."""
     groups: dict[tuple[object, ...], list[NodeProto]] = {}
     for use in graph.uses(weight):
         node = use.node
@@ -89,7 +89,8 @@ def _codes(graph: GraphView, context: Context, node: NodeProto) -> Array:
     values, scale = arrays[0], arrays[1]
     zero_point = arrays[2] if len(arrays) > 2 else None
     plain = not any(
-        attributes.get(node, name, 0) for name in ("output_dtype", "block_size", "precision")
+        attributes.get(node, name, 0)
+        for name in ("output_dtype", "block_size", "precision")
     )
     if plain and values is not None and scale is not None:
         if zero_point is None:

@@ -35,7 +35,7 @@ Floats = npt.NDArray[np.float64]
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 
-class _Declined(Exception):
+class _DeclinedError(Exception):
     """The rewrite does not apply; the text is the reason."""
 
 
@@ -51,7 +51,7 @@ class FoldBatchNorm(Pass):
         for norm in graph.visit(self, ("BatchNormalization",)):
             try:
                 edit = _folded(graph, norm)
-            except _Declined as declined:
+            except _DeclinedError as declined:
                 graph.skip(norm, str(declined))
             else:
                 graph.apply(edit, "a linear layer can do its own scale and shift")
@@ -62,9 +62,9 @@ def _folded(graph: GraphView, norm: NodeProto) -> Edit:
     layer = graph.producer(norm.input[0])
     fold = _LAYERS.get(graph.op(layer)) if layer is not None else None
     if layer is None or fold is None:
-        raise _Declined("no linear layer stands before it")
+        raise _DeclinedError("no linear layer stands before it")
     if graph.only_use(norm.input[0]) is None:
-        raise _Declined("the layer before it has other readers")
+        raise _DeclinedError("the layer before it has other readers")
     factor, shift = _scale_and_shift(graph, norm)
     edit = Edit(graph, norm)
     fold(graph, edit, layer, factor, shift)
@@ -74,21 +74,21 @@ def _folded(graph: GraphView, norm: NodeProto) -> Edit:
 
 def _check_inference(graph: GraphView, norm: NodeProto) -> None:
     if any(name and graph.is_used(name) for name in norm.output[1:]):
-        raise _Declined("its statistics are read")
+        raise _DeclinedError("its statistics are read")
     if attributes.get(norm, "training_mode", 0):
-        raise _Declined("it runs in training mode")
+        raise _DeclinedError("it runs in training mode")
     if graph.opset() < 7 and not attributes.get(norm, "is_test", 0):
-        raise _Declined("it runs in training mode")
+        raise _DeclinedError("it runs in training mode")
     if graph.opset() < 9 and not attributes.get(norm, "spatial", 1):
-        raise _Declined("its parameters are per element (spatial=0)")
+        raise _DeclinedError("its parameters are per element (spatial=0)")
 
 
 def _constant(graph: GraphView, name: str) -> Floats:
     array = graph.array(name)
     if array is None:
-        raise _Declined(f"{name!r} is not a constant")
+        raise _DeclinedError(f"{name!r} is not a constant")
     if str(array.dtype) not in _FLOATS:
-        raise _Declined(f"{name!r} is of type {array.dtype}")
+        raise _DeclinedError(f"{name!r} is of type {array.dtype}")
     return np.asarray(array).astype(np.float64)
 
 
@@ -100,18 +100,18 @@ def _scale_and_shift(graph: GraphView, norm: NodeProto) -> tuple[Floats, Floats]
         factor = gamma / np.sqrt(variance + epsilon)
         shift = beta - mean * factor
     if not (np.isfinite(factor).all() and np.isfinite(shift).all()):
-        raise _Declined("its scale or shift is not finite")
+        raise _DeclinedError("its scale or shift is not finite")
     return factor, shift
 
 
 def _set_constant(
     graph: GraphView, edit: Edit, layer: NodeProto, slot: int, value: Floats, like: Any
 ) -> None:
-    """Give input `slot` of the layer a new value, under its old name where it is its own."""
+    """Give input `slot` of the layer a new value, under its old name if it can."""
     with np.errstate(over="ignore"):
         array = value.astype(like)
     if not np.isfinite(array.astype(np.float64)).all():
-        raise _Declined(f"a folded weight does not fit into {np.dtype(like)}")
+        raise _DeclinedError(f"a folded weight does not fit into {np.dtype(like)}")
     name = layer.input[slot] if slot < len(layer.input) else ""
     if name and graph.only_use_everywhere(name) is not None:
         edit.set_weight(name, array)
@@ -155,7 +155,7 @@ def _fold_gemm(
     _check_channels(weight.shape[0 if transposed else 1], factor)
     bias = _bias(graph, gemm, len(factor)) * float(attributes.get(gemm, "beta", 1.0))
     if bias.size not in (1, len(factor)) or (bias.ndim and bias.shape[-1] != bias.size):
-        raise _Declined("the bias of the Gemm is not one per channel")
+        raise _DeclinedError("the bias of the Gemm is not one per channel")
     bias = np.broadcast_to(bias.reshape(-1), factor.shape) * factor + shift
     _write(graph, edit, gemm, weight * (factor[:, None] if transposed else factor), bias)
     edit.set_attribute(gemm, "beta", None)
@@ -167,7 +167,7 @@ def _fold_matmul(
     shape = graph.shape(product.input[0])
     weight = _constant(graph, product.input[1])
     if shape is None or len(shape) != 2 or weight.ndim != 2:
-        raise _Declined("the MatMul before it is not of rank 2")
+        raise _DeclinedError("the MatMul before it is not of rank 2")
     _check_channels(weight.shape[1], factor)
     edit.set_op_type(product, "Gemm")
     _write(graph, edit, product, weight * factor, shift)
@@ -175,7 +175,7 @@ def _fold_matmul(
 
 def _check_channels(channels: int, factor: Floats) -> None:
     if channels != len(factor):
-        raise _Declined(f"{channels} channels before it, {len(factor)} in it")
+        raise _DeclinedError(f"{channels} channels before it, {len(factor)} in it")
 
 
 def _write(

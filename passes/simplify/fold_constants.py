@@ -7,8 +7,9 @@
 2. Small integer and shape arithmetic is done in NumPy (`onnxopt.arithmetic`), and so is
    the Shape of a value whose dims are known.
 3. The rest is evaluated by ONNX Runtime, all of a scope's constant nodes in one session.
-4. A fold may not grow the model by more than `max_growth` bytes: what expands a small
-   constant (ConstantOfShape, Expand, Tile, Cast of int8 weights...) stays as it is.
+4. A fold may grow the model by at most `max_growth` bytes, or a quarter of what it is
+   computed from: a scale computed from a weight folds, while what expands a constant
+   (ConstantOfShape, Expand, Tile, Cast of int8 weights...) stays as it is.
 5. Never folded: DequantizeLinear (it would expand integer weights) and QuantizeLinear
    (`fold-qdq-weights` does that), whatever is random, and nodes with subgraphs.
 """
@@ -29,7 +30,7 @@ from onnxopt.evaluate import EvaluationError
 from onnxopt.graph import GraphView, constant_value
 from onnxopt.manager import Context, Pass
 from onnxopt.report import Guarantee
-from onnxopt.weights import Array, payload_bytes
+from onnxopt.weights import Array, payload_bytes, tensor_bytes
 
 _NEVER = {
     "Bernoulli",
@@ -56,12 +57,12 @@ MAX_VALUE_BYTES = 512 << 20
 
 @dataclass(frozen=True)
 class FoldConstants(Pass):
-    """Compute constant expressions, without growing the model by more than `max_growth`."""
+    """Compute what does not depend on the inputs, within `max_growth` bytes."""
 
     name: ClassVar[str] = "fold-constants"
     guarantee: ClassVar[Guarantee] = "bitwise"
 
-    max_growth: int = 4096
+    max_growth: int = 256
 
     def run(self, graph: GraphView, context: Context) -> None:
         """First what NumPy does, to its end; then the rest in one session."""
@@ -82,42 +83,81 @@ class FoldConstants(Pass):
             value = arithmetic.evaluate(node, inputs, graph.opset())
         if value is None:
             return False
-        self._replace(graph, node, {node.output[0]: value})
-        return True
+        sources = _sources(graph, [node])
+        return self._replace(graph, [node], {node.output[0]: value}, sources)
 
     def _fold_rest(
         self, graph: GraphView, context: Context, pending: dict[int, NodeProto]
     ) -> None:
         for group in _groups(graph, pending):
             frontier = [node for node in group if _is_frontier(graph, node, pending)]
+            sources = _sources(graph, group)
+            growth = sum(_value_bytes(graph, node) for node in frontier) - sources
+            if growth > self._allowed(sources):
+                for node in frontier:
+                    graph.skip(node, f"the model would grow by {growth:,} bytes")
+                continue
             try:
                 values = context.evaluator.evaluate(_model(graph, group, frontier))
             except EvaluationError as error:
                 for node in frontier:
                     graph.skip(node, f"its value could not be computed: {error}")
-                continue
-            self._replace_all(graph, frontier, values)
+            else:
+                self._replace_all(graph, frontier, values, sources)
 
     def _replace_all(
-        self, graph: GraphView, nodes: list[NodeProto], values: dict[str, Array]
+        self,
+        graph: GraphView,
+        nodes: list[NodeProto],
+        values: dict[str, Array],
+        sources: int,
     ) -> None:
-        """All at once, since they may share a source; where that grows too much, singly."""
-        if len(nodes) > 1 and _together(graph, nodes, values, self.max_growth):
+        """All at once, since they may share a source; else singly."""
+        if self._replace(graph, nodes, values, sources) or len(nodes) == 1:
             return
         for node in nodes:
-            self._replace(graph, node, {n: values[n] for n in node.output if n in values})
+            own = {name: values[name] for name in node.output if name in values}
+            self._replace(graph, [node], own, sources)
 
     def _replace(
-        self, graph: GraphView, node: NodeProto, values: dict[str, Array]
-    ) -> None:
+        self,
+        graph: GraphView,
+        nodes: list[NodeProto],
+        values: dict[str, Array],
+        sources: int,
+    ) -> bool:
+        """Put weights in place of nodes that are computed from `sources` bytes."""
         if any(graph.is_output(name) for name in values) and not _may_output(graph):
-            graph.skip(node, "a constant cannot be an output at this IR version")
-            return
-        edit = Edit(graph, node, max_growth=self.max_growth)
-        edit.erase(node)
+            graph.skip(nodes[0], "a constant cannot be an output at this IR version")
+            return False
+        edit = Edit(graph, nodes[0], max_growth=self._allowed(sources))
+        for node in nodes:
+            edit.erase(node)
         for name, value in values.items():
             edit.add_weight(value, name, name=name)
-        graph.apply(edit, "it does not depend on the inputs")
+        return graph.apply(edit, "it does not depend on the inputs")
+
+    def _allowed(self, sources: int) -> int:
+        return max(self.max_growth, sources // 4)
+
+
+def _sources(graph: GraphView, nodes: list[NodeProto]) -> int:
+    """Bytes of the constants that `nodes` read."""
+    names = {name for node in nodes for name in node.input if name}
+    weights = (graph.weight(name) for name in names)
+    return sum(tensor_bytes(tensor) for tensor in weights if tensor is not None)
+
+
+def _value_bytes(graph: GraphView, node: NodeProto) -> int:
+    """Bytes of what a pending node makes, whose size is known."""
+    return sum(_size(graph, name) or 0 for name in node.output if graph.is_used(name))
+
+
+def _size(graph: GraphView, name: str) -> int | None:
+    shape, dtype = graph.shape(name), graph.dtype(name)
+    if shape is None or dtype is None or not all(isinstance(d, int) for d in shape):
+        return None
+    return payload_bytes(dtype, math.prod(int(dim or 0) for dim in shape))
 
 
 def _lift(graph: GraphView, node: NodeProto) -> None:
@@ -173,7 +213,9 @@ def _known_shape(graph: GraphView, node: NodeProto) -> Array | None:
     if not all(isinstance(dim, int) for dim in shape):
         return None
     dims = np.array(shape, dtype=np.int64)
-    return dims if node.op_type == "Shape" else np.array(math.prod(dims.tolist()), np.int64)
+    return (
+        dims if node.op_type == "Shape" else np.array(math.prod(dims.tolist()), np.int64)
+    )
 
 
 def _constant_closure(
@@ -200,16 +242,17 @@ def _constant_closure(
 def _too_large(graph: GraphView, node: NodeProto) -> str | None:
     """Why the values of a constant node must not be computed; None where they may."""
     for name in filter(None, node.output):
-        shape, dtype = graph.shape(name), graph.dtype(name)
-        if shape is None or dtype is None or not all(isinstance(d, int) for d in shape):
+        size = _size(graph, name)
+        if size is None:
             return "the size of its value is not known before it is computed"
-        size = payload_bytes(dtype, math.prod(int(dim or 0) for dim in shape))
         if size > MAX_VALUE_BYTES:
             return f"its value would take {size:,} bytes"
     return None
 
 
-def _is_frontier(graph: GraphView, node: NodeProto, pending: dict[int, NodeProto]) -> bool:
+def _is_frontier(
+    graph: GraphView, node: NodeProto, pending: dict[int, NodeProto]
+) -> bool:
     """Whether something other than pending nodes reads what `node` makes."""
     return any(
         graph.is_output(name)
@@ -256,21 +299,6 @@ def _model(
     for node in frontier:
         for name in filter(None, node.output):
             if graph.is_used(name):
-                dtype = graph.dtype(name) or TensorProto.UNDEFINED
-                model.graph.output.append(helper.make_tensor_value_info(name, dtype, None))
+                kind = graph.dtype(name) or TensorProto.UNDEFINED
+                model.graph.output.append(helper.make_tensor_value_info(name, kind, None))
     return model
-
-
-def _together(
-    graph: GraphView, nodes: list[NodeProto], values: dict[str, Array], max_growth: int
-) -> bool:
-    if any(graph.is_output(name) for name in values) and not _may_output(graph):
-        return False
-    edit = Edit(graph, nodes[0], max_growth=max_growth)
-    for node in nodes:
-        edit.erase(node)
-    for name, value in values.items():
-        edit.add_weight(value, name, name=name)
-    return graph.apply(edit, "they do not depend on the inputs")
-
-

@@ -1,0 +1,147 @@
+"""no-op: take out operators that, with these attributes and shapes, change nothing.
+
+    t = Expand(x, [1, 1])
+    y = Mul(t, 1.0)             ->    (readers of y read x)
+
+1. Cast to the type that the value has; Transpose that permutes nothing; Pad by zero;
+   Concat of one; Slice of everything; Reshape, Expand, Squeeze, Unsqueeze, Flatten and
+   Tile whose result has the shape of the input (symbols that are sure included).
+2. x + 0, x - 0, x * 1, x / 1 with a constant that does not broadcast x.
+
+x + 0 turns -0.0 into 0.0, and removing it keeps -0.0: equal by ==.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from onnx import NodeProto
+
+from onnxopt import attributes
+from onnxopt.edit import Edit
+from onnxopt.graph import GraphView
+from onnxopt.manager import Context, Pass
+from onnxopt.report import Guarantee
+
+MAX_SCAN = 1 << 20
+"""Larger constants (bytes) are not read just to see whether they are all 0 or 1."""
+
+
+@dataclass(frozen=True)
+class RemoveNoOp(Pass):
+    """Remove Cast, Transpose, Pad, Slice, Reshape, Add... where they change nothing."""
+
+    name: ClassVar[str] = "no-op"
+    guarantee: ClassVar[Guarantee] = "bitwise"
+
+    def run(self, graph: GraphView, context: Context) -> None:
+        """Bypass what hands one of its inputs on."""
+        for node in graph.visit(self, _RULES):
+            kept = _RULES[node.op_type](graph, node)
+            if kept is not None:
+                edit = Edit(graph, node)
+                edit.bypass(node, {node.output[0]: kept})
+                graph.apply(edit, f"this {node.op_type} changes nothing")
+
+
+Rule = Callable[[GraphView, NodeProto], str | None]
+"""The input that the node hands on unchanged; None where it may change something."""
+
+
+def _cast(graph: GraphView, node: NodeProto) -> str | None:
+    same = graph.dtype(node.input[0]) == attributes.get(node, "to")
+    return node.input[0] if same else None
+
+
+def _transpose(graph: GraphView, node: NodeProto) -> str | None:
+    perm = attributes.get(node, "perm")
+    return node.input[0] if perm is not None and perm == sorted(perm) else None
+
+
+def _concat(graph: GraphView, node: NodeProto) -> str | None:
+    return node.input[0] if len(node.input) == 1 else None
+
+
+def _pad(graph: GraphView, node: NodeProto) -> str | None:
+    pads = attributes.get(node, "pads")
+    if pads is None and len(node.input) > 1:
+        array = graph.array(node.input[1])
+        pads = None if array is None else array.tolist()
+    return node.input[0] if pads is not None and not any(pads) else None
+
+
+def _slice(graph: GraphView, node: NodeProto) -> str | None:
+    """All steps 1 and nothing cut off: the shape stays, and with it every element."""
+    steps = graph.array(node.input[4]) if len(node.input) > 4 and node.input[4] else None
+    given = len(node.input) > 4 and bool(node.input[4])
+    if given and (steps is None or not bool((steps == 1).all())):
+        return None
+    return node.input[0] if _keeps_shape(graph, node) else None
+
+
+def _reshape(graph: GraphView, node: NodeProto) -> str | None:
+    return node.input[0] if _keeps_shape(graph, node) else None
+
+
+def _keeps_shape(graph: GraphView, node: NodeProto) -> bool:
+    return graph.same_shape(node.input[0], node.output[0])
+
+
+def _neutral(value: int, *, either: bool) -> Rule:
+    """x op `value` is x; `either` also on the left."""
+
+    def rule(graph: GraphView, node: NodeProto) -> str | None:
+        if graph.opset() < 7 or len(node.input) != 2:
+            return None  # older ones broadcast by attribute
+        for slot in (1, 0) if either else (1,):
+            other = node.input[1 - slot]
+            if _is_all(graph, node.input[slot], value) and _is_broadcast_to(
+                graph, node.input[slot], other
+            ):
+                return other
+        return None
+
+    return rule
+
+
+def _is_all(graph: GraphView, name: str, value: int) -> bool:
+    tensor = graph.weight(name)
+    if tensor is None or tensor.ByteSize() > MAX_SCAN:
+        return False
+    array = graph.array(name)
+    if array is None or array.nbytes > MAX_SCAN or array.dtype == object:
+        return False
+    return array.size > 0 and bool(np.all(array == np.asarray(value).astype(array.dtype)))
+
+
+def _is_broadcast_to(graph: GraphView, name: str, other: str) -> bool:
+    """Whether combining with constant `name` leaves the shape of `other` as it is."""
+    dims, shape = graph.shape(name), graph.shape(other)
+    if dims == ():
+        return True
+    if dims is None or shape is None or len(dims) > len(shape):
+        return False
+    aligned = shape[len(shape) - len(dims) :]
+    return all(dim in (1, size) for dim, size in zip(dims, aligned, strict=True))
+
+
+_RULES: dict[str, Rule] = {
+    "Cast": _cast,
+    "Transpose": _transpose,
+    "Concat": _concat,
+    "Pad": _pad,
+    "Slice": _slice,
+    "Reshape": _reshape,
+    "Expand": _reshape,
+    "Squeeze": _reshape,
+    "Unsqueeze": _reshape,
+    "Flatten": _reshape,
+    "Tile": _reshape,
+    "Add": _neutral(0, either=True),
+    "Sub": _neutral(0, either=False),
+    "Mul": _neutral(1, either=True),
+    "Div": _neutral(1, either=False),
+}
