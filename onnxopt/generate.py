@@ -165,6 +165,11 @@ def candidate_bindings(inputs: Sequence[InputSpec]) -> list[Binding]:
     return found
 
 
+def batched(inputs: Sequence[InputSpec], binding: Binding, size: int) -> Binding:
+    """The binding with another number of samples."""
+    return binding | dict.fromkeys(_symbols(inputs)[0], size)
+
+
 def _symbols(inputs: Sequence[InputSpec]) -> tuple[list[str], list[str], list[str]]:
     """Symbols that count samples, those on the axes of images, and all others."""
     batch: dict[str, None] = {}

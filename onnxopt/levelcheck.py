@@ -1,0 +1,290 @@
+"""One check: both models on one provider at one optimization level of ONNX Runtime.
+
+Three passes over the feeds at most: the comparison; where some output is farther off
+than rounding explains by itself, the reference against itself; and on a provider other
+than the CPU everything is compared with the CPU's reference along the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from onnxopt.data import Feeds, GeneratedFeeds
+from onnxopt.errors import ProviderError, SessionError, WorkerMemoryError
+from onnxopt.report import Check, OutputCheck, Status
+from onnxopt.rules import Outcome, Rule, Sample, Spread
+from onnxopt.runtime import Level, Session, SessionSpec, Worker
+from onnxopt.spread import MovedModels, SpreadMeasure
+from onnxopt.verdict import Question, Verdict, is_cpu, output_check
+from onnxopt.walk import NumberedFeed, blamed, numbered, samples_of
+
+# Feeds on which the reference's own noise is measured.
+_NOISE_FEEDS = 8
+# Two runs of one feed that differ by more than this part of the largest value are
+# random; less is a GPU that adds in another order.
+_REPEATABLE = 1e-3
+
+
+@dataclass
+class Comparison:
+    """Samples of every output, and what kept a feed from being compared."""
+
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    random: set[str] = field(default_factory=set)
+    rejected: list[str] = field(default_factory=list)
+    failure: str | None = None
+    feeds: int = 0
+
+    def add(
+        self,
+        name: str,
+        at: NumberedFeed,
+        expected: object,
+        found: object,
+        rules: Sequence[Rule],
+    ) -> None:
+        """Compare one output on one feed."""
+        self.samples.setdefault(name, []).extend(samples_of(at, expected, found, rules))
+
+
+class LevelCheck:
+    """The work of one check; `into` adds what it finds to a verdict."""
+
+    def __init__(
+        self,
+        question: Question,
+        moved: MovedModels,
+        provider: str,
+        level: Level,
+        feeds: Feeds,
+    ) -> None:
+        self.question, self.moved = question, moved
+        self.provider, self.level, self.feeds = provider, level, feeds
+        self.rules = question.rules(moved.facts, provider, level)
+        self.hard = question.exact and isinstance(feeds, GeneratedFeeds)
+        self.against_cpu = Comparison()
+        self.cpu_spread: dict[str, Spread] = {}
+        # How far two runs of one feed on the reference were apart.
+        self.repeat: dict[str, list[Sample]] = {}
+
+    @property
+    def spec(self) -> SessionSpec:
+        """How both models are loaded."""
+        return self.question.spec(self.provider, self.level)
+
+    def into(self, verdict: Verdict) -> None:
+        """Run it. Raises ProviderError and the WorkerErrors that are nobody's verdict."""
+        with contextlib.ExitStack() as stack:
+            left = stack.enter_context(self.question.worker())
+            right = stack.enter_context(self.question.worker())
+            try:
+                with blamed("reference"):
+                    reference = left.load(self.question.reference, self.spec)
+            except (SessionError, WorkerMemoryError) as error:
+                reason = str(error)
+                verdict.checks.append(
+                    Check(self.provider, self.level, "not_run", reason, [])
+                )
+                return
+            comparison = self._compare(reference, right, self._cpu_reference(stack))
+            spreads: dict[str, Spread] = {}
+            if names := self._unsettled(comparison):
+                measure = SpreadMeasure(
+                    self.moved, reference, self.spec, right, self.feeds, self.hard
+                )
+                wanted = self._feeds_to_measure(comparison, names)
+                spreads = measure.measure(names, wanted, self.repeat)
+        self._conclude(verdict, comparison, spreads)
+
+    def _cpu_reference(self, stack: contextlib.ExitStack) -> Session | None:
+        if is_cpu(self.provider):
+            return None
+        worker = stack.enter_context(self.question.worker())
+        try:
+            return worker.load(
+                self.question.reference, self.question.spec("cpu", self.level)
+            )
+        except (SessionError, WorkerMemoryError):
+            return None
+
+    # --- the comparison ---------------------------------------------------------------
+
+    def _compare(
+        self, reference: Session, right: Worker, cpu: Session | None
+    ) -> Comparison:
+        comparison = Comparison()
+        try:
+            with blamed("candidate"):
+                candidate = right.load(self.question.candidate, self.spec)
+        except (SessionError, ProviderError) as error:
+            comparison.failure = f"cannot be loaded: {error}"
+            return comparison
+        missing = _missing_output(reference, candidate)
+        if missing is not None:
+            comparison.failure = f"the candidate has no output {missing!r}"
+            return comparison
+        for at in numbered(self.feeds, self.hard):
+            if not self._compare_feed(comparison, at, reference, candidate, cpu):
+                break
+        with blamed("candidate"):
+            candidate.close()
+        return comparison
+
+    def _compare_feed(
+        self,
+        comparison: Comparison,
+        at: NumberedFeed,
+        reference: Session,
+        candidate: Session,
+        cpu: Session | None,
+    ) -> bool:
+        """Whether to go on."""
+        try:
+            with blamed("reference"):
+                expected = reference.run(at.feed)
+                again = reference.run(at.feed) if comparison.feeds == 0 else None
+        except SessionError as error:
+            if at.kind == "data":
+                comparison.rejected.append(f"feed {at.index}: {error}")
+            return True
+        try:
+            with blamed("candidate"):
+                found = candidate.run(at.feed, list(expected))
+        except SessionError as error:
+            comparison.failure = f"fails on feed {at.index} ({at.kind}): {error}"
+            return False
+        comparison.feeds += at.kind == "data"
+        for name, value in expected.items():
+            if again is not None:
+                self._check_repeat(comparison, name, at, value, again[name])
+            if self._judged(at.kind):
+                comparison.add(name, at, value, found[name], self.rules)
+        if cpu is not None and at.kind == "data":
+            self._compare_with_cpu(at, expected, found, cpu)
+        return True
+
+    def _judged(self, kind: str) -> bool:
+        """At enable_all, where a NaN goes is up to the kernels that ORT fuses."""
+        return kind != "nan" or self.level == "disable_all"
+
+    def _check_repeat(
+        self,
+        comparison: Comparison,
+        name: str,
+        at: NumberedFeed,
+        one: object,
+        two: object,
+    ) -> None:
+        samples = samples_of(at, one, two)
+        self.repeat[name] = samples
+        for sample in samples:
+            difference = sample.difference
+            varies = difference.problem or (difference.exact and difference.flipped)
+            if varies or difference.max_rel > _REPEATABLE:
+                comparison.random.add(name)
+
+    def _compare_with_cpu(
+        self,
+        at: NumberedFeed,
+        expected: dict[str, object],
+        found: dict[str, object],
+        cpu: Session,
+    ) -> None:
+        try:
+            with blamed("reference"):
+                truth = cpu.run(at.feed)
+        except SessionError:
+            return
+        self.against_cpu.feeds += 1
+        for name, value in truth.items():
+            self.against_cpu.add(name, at, value, found[name], self.rules)
+            for sample in samples_of(at, value, expected[name]):
+                self.cpu_spread.setdefault(name, Spread()).add(sample)
+
+    def _unsettled(self, comparison: Comparison) -> list[str]:
+        """Outputs whose verdict depends on the reference's own noise."""
+        if comparison.failure:
+            return []
+        return [
+            name
+            for name, samples in comparison.samples.items()
+            if any(rule.needs_spread(samples) for rule in self.rules)
+        ]
+
+    def _feeds_to_measure(self, comparison: Comparison, names: list[str]) -> set[int]:
+        """Feeds that are beyond the bound, up to a number, and the first one."""
+        wanted: dict[int, None] = {0: None}
+        for name in names:
+            for sample in comparison.samples[name]:
+                if any(rule.needs_spread([sample]) for rule in self.rules):
+                    wanted[sample.feed] = None
+        return set(list(wanted)[:_NOISE_FEEDS])
+
+    # --- the verdict ------------------------------------------------------------------
+
+    def _conclude(
+        self, verdict: Verdict, comparison: Comparison, spreads: dict[str, Spread]
+    ) -> None:
+        if comparison.rejected:
+            verdict.note(
+                f"the reference rejected {len(comparison.rejected)} feeds, which count "
+                f"for nothing: {comparison.rejected[0]}"
+            )
+        verdict.feeds = max(verdict.feeds, comparison.feeds)
+        outputs = self._outputs(comparison, spreads)
+        status, reason = self._status(comparison, outputs)
+        verdict.checks.append(Check(self.provider, self.level, status, reason, outputs))
+        if self.against_cpu.feeds:
+            outputs = self._outputs(self.against_cpu, self.cpu_spread)
+            status, reason = self._status(self.against_cpu, outputs)
+            name = f"{self.provider} against cpu"
+            verdict.checks.append(Check(name, self.level, status, reason, outputs))
+
+    def _outputs(
+        self, comparison: Comparison, spreads: dict[str, Spread]
+    ) -> list[OutputCheck]:
+        return [
+            output_check(
+                name,
+                samples,
+                self._outcome(samples, spreads.get(name)),
+                name in comparison.random,
+            )
+            for name, samples in comparison.samples.items()
+        ]
+
+    def _outcome(self, samples: Sequence[Sample], spread: Spread | None) -> Outcome:
+        """The first rule that is broken, else the first rule's bound."""
+        outcomes = [rule.judge(samples, spread) for rule in self.rules]
+        return next((o for o in outcomes if o.reason), outcomes[0])
+
+    def _status(
+        self, comparison: Comparison, outputs: Sequence[OutputCheck]
+    ) -> tuple[Status, str | None]:
+        if comparison.failure:
+            lossy_load = self.question.lossy and comparison.failure.startswith(
+                "cannot be"
+            )
+            return ("not_run" if lossy_load else "failed"), (
+                f"the candidate {comparison.failure}"
+            )
+        for output in outputs:
+            if output.status == "failed":
+                return "failed", f"output {output.name!r} {output.reason}"
+        for output in outputs:
+            if output.status == "not_run":
+                return "not_run", f"output {output.name!r}: {output.reason}"
+        if not comparison.feeds:
+            return "not_run", f"no feed was accepted: {_first(comparison.rejected)}"
+        return "passed", None
+
+
+def _missing_output(reference: Session, candidate: Session) -> str | None:
+    present = {value.name for value in candidate.outputs}
+    return next((v.name for v in reference.outputs if v.name not in present), None)
+
+
+def _first(texts: Sequence[str]) -> str:
+    return texts[0] if texts else "there was none"

@@ -1,0 +1,124 @@
+"""The reference against itself: how far its outputs move by rounding alone.
+
+Runs of moved copies (see `noise`), at the provider and level of the check, on the feeds
+that no constant bound settles. One moved session is alive beside the reference's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnxopt import noise
+from onnxopt.errors import SessionError, WorkerError
+from onnxopt.inputs import Feeds
+from onnxopt.rules import Sample, Spread
+from onnxopt.runtime import Session, SessionSpec, Worker
+from onnxopt.verdict import Question
+from onnxopt.walk import NumberedFeed, numbered, samples_of
+
+log = logging.getLogger("onnxopt.validate")
+
+# Units in the last place that inputs and weights are moved by. On a quantized model one
+# unit rarely flips a code, so a rewrite's few flips would look like an error: there they
+# are moved by 3e-5 of their value, far less than a code, and by 5e-4 if nothing flips.
+_ULPS = (1,)
+_ULPS_QUANTIZED = (256, 4096)
+_SEEDS = (1, 2)
+
+
+class MovedModels:
+    """Copies of the reference with moved weights, made when first asked for."""
+
+    def __init__(self, question: Question, facts: noise.Facts, folder: Path) -> None:
+        self.question, self.facts, self.folder = question, facts, folder
+
+    def path(self, ulps: int, seed: int) -> Path:
+        """The copy; the reference itself where it is too large, or has no weights."""
+        reference = self.question.reference
+        if self.facts.size > noise.WEIGHT_LIMIT:
+            return reference
+        path = self.folder / f"moved-{ulps}-{seed}.onnx"
+        if not path.exists():
+            model = noise.moved_model(reference, ulps, self.question.seed + seed)
+            if model is None:
+                return reference
+            path.write_bytes(model)
+        return path
+
+
+@dataclass(frozen=True)
+class Move:
+    """One way to run the reference a little off: which file, how, and moved by what."""
+
+    path: Path
+    spec: SessionSpec
+    ulps: int = 0
+    seed: int = 0
+
+
+@dataclass
+class SpreadMeasure:
+    """Measures `Spread`s of some outputs on some feeds (by number)."""
+
+    moved: MovedModels
+    reference: Session
+    spec: SessionSpec
+    worker: Worker
+    feeds: Feeds
+    hard: bool
+
+    def measure(
+        self, names: Sequence[str], wanted: set[int], repeat: dict[str, list[Sample]]
+    ) -> dict[str, Spread]:
+        """The spread of each output; `repeat` holds what running it twice gave."""
+        spreads = {name: Spread() for name in names}
+        for name in names:
+            for sample in repeat.get(name, ()):
+                spreads[name].add(sample)
+        steps = _ULPS_QUANTIZED if self.moved.facts.quantized else _ULPS
+        for ulps in steps:
+            for move in self._moves(ulps):
+                self._run(spreads, wanted, move)
+            if any(spread.moved for spread in spreads.values()):
+                break
+        self._run(spreads, wanted, self._other_threads())
+        return spreads
+
+    def _moves(self, ulps: int) -> Iterator[Move]:
+        for seed in _SEEDS:
+            yield Move(self.moved.path(ulps, seed), self.spec, ulps, seed)
+
+    def _other_threads(self) -> Move:
+        question = self.moved.question
+        threads = 2 if question.threads == 1 else 1
+        spec = question.spec(self.spec.provider, self.spec.level, threads)
+        return Move(question.reference, spec)
+
+    def _run(self, spreads: dict[str, Spread], wanted: set[int], move: Move) -> None:
+        """What goes wrong here costs a measurement, never the verdict."""
+        try:
+            session = self.worker.load(move.path, move.spec)
+            for at in numbered(self.feeds, self.hard):
+                if at.index in wanted:
+                    self._run_feed(spreads, session, at, move)
+            session.close()
+        except WorkerError as error:
+            log.info("the moved reference was not measured: %s", error)
+
+    def _run_feed(
+        self, spreads: dict[str, Spread], session: Session, at: NumberedFeed, move: Move
+    ) -> None:
+        seed = self.moved.question.seed + move.seed
+        feed = noise.moved_feed(at.feed, move.ulps, seed) if move.ulps else at.feed
+        try:
+            expected = self.reference.run(at.feed, list(spreads))
+            found = session.run(feed, list(spreads))
+        except SessionError as error:
+            log.info("the moved reference rejects feed %d: %s", at.index, error)
+            return
+        for name, spread in spreads.items():
+            for sample in samples_of(at, expected[name], found[name]):
+                spread.add(sample)

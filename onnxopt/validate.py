@@ -1,0 +1,305 @@
+"""The verdict: does the candidate compute what the reference computes?
+
+Both models run in ONNX Runtime on the same feeds, at equal optimization levels, on each
+requested provider. Nothing of a feed is kept once it was compared. `docs/validation.md`
+says what the numbers mean and where they come from.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import onnx
+
+from onnxopt import noise
+from onnxopt.data import (
+    Binding,
+    Feed,
+    Feeds,
+    GeneratedFeeds,
+    candidate_bindings,
+    load_function,
+    script_error,
+)
+from onnxopt.errors import (
+    InvalidModelError,
+    OnnxoptError,
+    ProviderError,
+    SessionError,
+    UsageError,
+    WorkerError,
+    WorkerMemoryError,
+)
+from onnxopt.generate import batched
+from onnxopt.levelcheck import LevelCheck
+from onnxopt.metrics import compare
+from onnxopt.report import Check, LevelDifference, Validation
+from onnxopt.runtime import Session, available_providers, provider_name
+from onnxopt.spread import MovedModels
+from onnxopt.verdict import LEVELS, AbsentProviderError, Budget, Question, Verdict
+from onnxopt.walk import blamed
+
+__all__ = ["AbsentProviderError", "Budget", "judge"]
+
+# Sizes of the symbolic dims that generated feeds are spread over, once found to run.
+_BINDINGS_WANTED = 4
+# Once some size runs, larger ones are not tried: they could take all memory.
+_MODEST_SIZE = 512
+# Feeds on which the difference between levels is measured.
+_LEVEL_FEEDS = 4
+
+
+def judge(
+    reference: Path,
+    candidate: Path,
+    *,
+    providers: Sequence[str] = ("cpu",),
+    feeds: Feeds,
+    budget: Budget | None = None,
+    lossy: bool = False,
+    bitwise: bool = False,
+    threads: int = 1,
+    timeout: float = 600.0,
+    memory_limit: int | None = None,
+    required: Collection[str] = (),
+    custom_op_libraries: Sequence[str] = (),
+    seed: int = 0,
+) -> Validation:
+    """Judge `candidate` against `reference`, both files on disk.
+
+    A reference that ONNX Runtime cannot run gives status `not_run` with the reason, as
+    does a random model; a candidate that cannot run where the reference could has
+    failed (if `lossy` and it cannot even be loaded: was not run).
+
+    Raises AbsentProviderError (no provider present, or a `required` one is not),
+    UsageError (the budget, the user's metric), InvalidModelError (not an ONNX file), and
+    WorkerCrashedError, WorkerTimeoutError or WorkerMemoryError that say which model it
+    was.
+    """
+    question = Question(
+        reference=Path(reference),
+        candidate=Path(candidate),
+        budget=_checked(budget),
+        lossy=lossy,
+        bitwise=bitwise,
+        threads=threads,
+        timeout=timeout,
+        memory_limit=memory_limit,
+        custom_op_libraries=tuple(custom_op_libraries),
+        seed=seed,
+    )
+    verdict = Verdict(question)
+    wanted = dict.fromkeys([*providers, *required])
+    present = _present(verdict, list(wanted), required)
+    with tempfile.TemporaryDirectory(prefix="onnxopt-") as folder:
+        moved = MovedModels(question, _facts(question.reference), Path(folder))
+        for provider in present:
+            _judge_provider(verdict, provider, feeds, moved, required)
+    if all(_is_absence(check) for check in verdict.checks):
+        raise AbsentProviderError(verdict.checks[0].reason or "", verdict.validation())
+    return verdict.validation()
+
+
+def _checked(budget: Budget | None) -> Budget:
+    budget = budget or Budget()
+    if budget.max_drop is not None and budget.metric is None:
+        raise UsageError("--max-drop needs --metric script.py:function")
+    if budget.metric is not None:
+        load_function(budget.metric)
+    return budget
+
+
+def _facts(path: Path) -> noise.Facts:
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise InvalidModelError(f"{path}: not an ONNX model ({text})") from error
+    return noise.facts(model, path)
+
+
+def _present(
+    verdict: Verdict, providers: list[str], required: Collection[str]
+) -> list[str]:
+    """Providers that this onnxruntime lists; the others are noted as not run."""
+    known = available_providers()
+    absent = [p for p in providers if provider_name(p) not in known]
+    for provider in absent:
+        _not_used(
+            verdict,
+            provider,
+            f"{provider_name(provider)} asked for but not used: this onnxruntime offers "
+            f"{', '.join(known)}",
+            required,
+        )
+    return [provider for provider in providers if provider not in absent]
+
+
+def _not_used(
+    verdict: Verdict, provider: str, reason: str, required: Collection[str]
+) -> None:
+    verdict.not_run(provider, reason)
+    if provider in required:
+        raise AbsentProviderError(reason, verdict.validation())
+
+
+def _is_absence(check: Check) -> bool:
+    return check.status == "not_run" and "asked for but not used" in (check.reason or "")
+
+
+def _judge_provider(
+    verdict: Verdict,
+    provider: str,
+    feeds: Feeds,
+    moved: MovedModels,
+    required: Collection[str],
+) -> None:
+    question = verdict.question
+    try:
+        settled = _settle(verdict, provider, feeds)
+    except ProviderError as error:
+        # Listed by onnxruntime, yet its sessions run elsewhere: no usable GPU.
+        _not_used(verdict, provider, str(error), required)
+        return
+    except (SessionError, WorkerMemoryError) as error:
+        verdict.not_run(provider, str(error))
+        return
+    for level in LEVELS:
+        LevelCheck(question, moved, provider, level, settled).into(verdict)
+    for side, path in (
+        ("reference", question.reference),
+        ("candidate", question.candidate),
+    ):
+        verdict.differences += _level_differences(question, provider, side, path, settled)
+    if question.budget.metric is not None:
+        _judge_metric(verdict, provider, question.budget.metric)
+
+
+# --- feeds that run -----------------------------------------------------------------
+
+
+def _settle(verdict: Verdict, provider: str, feeds: Feeds) -> Feeds:
+    """Feeds that the reference accepts: sizes of symbolic dims are found by trying.
+
+    Raises SessionError where the reference cannot be loaded or rejects all that was
+    tried, ProviderError where its session would run elsewhere.
+    """
+    question = verdict.question
+    with question.worker() as worker, blamed("reference"):
+        session = worker.load(question.reference, question.spec(provider, "disable_all"))
+        if not isinstance(feeds, GeneratedFeeds):
+            return feeds
+        bindings = _bindings_that_run(session, feeds)
+    if bindings[0]:
+        sizes = "; ".join(_binding_text(binding) for binding in bindings)
+        verdict.note(f"sizes of symbolic dims in the generated feeds: {sizes}")
+    return feeds.with_bindings(bindings)
+
+
+def _binding_text(binding: Binding) -> str:
+    return ", ".join(f"{symbol}={size}" for symbol, size in binding.items())
+
+
+def _bindings_that_run(session: Session, feeds: GeneratedFeeds) -> list[Binding]:
+    """Up to four bindings, with more than one sample in one of them if that runs."""
+    found: list[Binding] = []
+    refusal: WorkerError | None = None
+    for binding in candidate_bindings(feeds.inputs):
+        if found and max(binding.values(), default=0) > _MODEST_SIZE:
+            break
+        error = _refusal(session, feeds.feed(0, binding))
+        refusal = refusal or error
+        found += [] if error else [binding]
+        if len(found) == _BINDINGS_WANTED:
+            break
+    if not found:
+        raise refusal or SessionError("there is nothing to try")
+    return [*_more_samples(session, feeds, found), *found][:_BINDINGS_WANTED]
+
+
+def _more_samples(
+    session: Session, feeds: GeneratedFeeds, found: list[Binding]
+) -> list[Binding]:
+    """The same sizes with two or three samples, where every one found has one."""
+    larger = [batched(feeds.inputs, found[0], size) for size in (2, 3)]
+    if any(binding in found for binding in larger):
+        return []
+    running = (b for b in larger if _refusal(session, feeds.feed(0, b)) is None)
+    return [binding for binding in [next(running, None)] if binding]
+
+
+def _refusal(session: Session, feed: Feed) -> SessionError | None:
+    try:
+        session.run(feed)
+    except SessionError as error:
+        return error
+    return None
+
+
+# --- beside the checks --------------------------------------------------------------
+
+
+def _level_differences(
+    question: Question, provider: str, side: str, path: Path, feeds: Feeds
+) -> list[LevelDifference]:
+    """How far ORT's optimizations move one model; nothing where it cannot run."""
+    worst: dict[str, tuple[float, float | None]] = {}
+    with question.worker() as worker:
+        try:
+            plain, optimized = (
+                worker.load(path, question.spec(provider, level)) for level in LEVELS
+            )
+            for feed, _ in zip(feeds, range(_LEVEL_FEEDS), strict=False):
+                _add_level_difference(worst, plain.run(feed), optimized.run(feed))
+        except OnnxoptError:
+            pass
+    return [
+        LevelDifference(provider, side, name, sqnr, far)  # type: ignore[arg-type]
+        for name, (far, sqnr) in worst.items()
+    ]
+
+
+def _add_level_difference(
+    worst: dict[str, tuple[float, float | None]],
+    plain: dict[str, object],
+    optimized: dict[str, object],
+) -> None:
+    for name, value in plain.items():
+        for difference in compare(value, optimized[name]):
+            far, sqnr = worst.get(name, (0.0, None))
+            ratios = [r for r in (sqnr, difference.sqnr_db) if r is not None]
+            worst[name] = (max(far, difference.max_abs), min(ratios, default=None))
+
+
+def _judge_metric(verdict: Verdict, provider: str, text: str) -> None:
+    """The user's own measure, at the level that deployment runs."""
+    question = verdict.question
+    values = {}
+    for side, path in (
+        ("reference", question.reference),
+        ("candidate", question.candidate),
+    ):
+        with question.worker() as worker, blamed(side):
+            session = worker.load(path, question.spec(provider, "enable_all"))
+            values[side] = _call_metric(text, session)
+    drop = values["reference"] - values["candidate"]
+    allowed = question.budget.max_drop or 0.0
+    told = (
+        f"{text}: reference {values['reference']:.6g}, candidate "
+        f"{values['candidate']:.6g} (may drop by {allowed:g})"
+    )
+    verdict.note(f"{provider}: {told}")
+    # NaN compares false, so a metric that is NaN fails too.
+    if not drop <= allowed:
+        verdict.checks.append(Check(provider, "enable_all", "failed", told, []))
+
+
+def _call_metric(text: str, session: Session) -> float:
+    try:
+        return float(load_function(text)(session.run))
+    except OnnxoptError:
+        raise
+    except Exception as error:
+        raise script_error(text, error) from error

@@ -1,0 +1,232 @@
+"""The question that a judgement answers, and the verdict as it is put together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from onnxopt import noise
+from onnxopt.errors import ProviderError
+from onnxopt.metrics import Allowance, Difference
+from onnxopt.report import (
+    Check,
+    LevelDifference,
+    Metric,
+    OutputCheck,
+    Status,
+    Validation,
+)
+from onnxopt.rules import (
+    LOSSY_FLOOR_DB,
+    Exact,
+    Floor,
+    Outcome,
+    Ratio,
+    Rule,
+    Sample,
+    Within,
+)
+from onnxopt.runtime import Level, SessionSpec, Worker, provider_name
+
+LEVELS: tuple[Level, ...] = ("disable_all", "enable_all")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the user allows, in place of the noise floor.
+
+    `min_sqnr` in dB, per output and feed; `rtol` and `atol` as in numpy's allclose;
+    `metric` is `script.py:function`, called with `run(feed) -> {output: array}`, higher
+    is better, and may drop by `max_drop` (absolute, 0 if not given).
+    """
+
+    min_sqnr: float | None = None
+    rtol: float | None = None
+    atol: float | None = None
+    metric: str | None = None
+    max_drop: float | None = None
+
+    def rules(self) -> list[Rule]:
+        """What every output has to satisfy; the metric asks for finite and shaped."""
+        rules: list[Rule] = []
+        if self.rtol is not None or self.atol is not None:
+            rules.append(Within(Allowance(self.rtol or 0.0, self.atol or 0.0)))
+        if self.min_sqnr is not None:
+            rules.append(Ratio(self.min_sqnr))
+        if self.metric is not None and not rules:
+            rules.append(Ratio(None))
+        return rules
+
+    @property
+    def text(self) -> str:
+        """The budget in words; empty where nothing is set."""
+        parts = []
+        if self.rtol is not None or self.atol is not None:
+            parts.append(f"rtol {self.rtol or 0:g}, atol {self.atol or 0:g}")
+        if self.min_sqnr is not None:
+            parts.append(f"at least {self.min_sqnr:g} dB")
+        if self.metric is not None:
+            parts.append(f"{self.metric} may drop by {self.max_drop or 0:g}")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of every check: which models, which rules, how they are run."""
+
+    reference: Path
+    candidate: Path
+    budget: Budget = Budget()
+    lossy: bool = False
+    bitwise: bool = False
+    threads: int = 1
+    timeout: float = 600.0
+    memory_limit: int | None = None
+    custom_op_libraries: tuple[str, ...] = ()
+    seed: int = 0
+
+    @property
+    def exact(self) -> bool:
+        """Whether the candidate claims to compute the same, up to rounding."""
+        return not (self.lossy or self.budget.text)
+
+    def worker(self) -> Worker:
+        """A worker of its own for each model, so that a crash has one culprit."""
+        return Worker(timeout=self.timeout, memory_limit=self.memory_limit)
+
+    def spec(
+        self, provider: str, level: Level, threads: int | None = None
+    ) -> SessionSpec:
+        """How a session of either model is made."""
+        return SessionSpec(
+            provider=provider,
+            level=level,
+            threads=self.threads if threads is None else threads,
+            custom_op_libraries=self.custom_op_libraries,
+        )
+
+    def rules(self, facts: noise.Facts, provider: str, level: Level) -> list[Rule]:
+        """What every output has to satisfy in one check."""
+        if rules := self.budget.rules():
+            return rules
+        if self.lossy:
+            return [Ratio(LOSSY_FLOOR_DB)]
+        if self.bitwise and level == "disable_all" and is_cpu(provider):
+            return [Exact()]
+        measurable = facts.float_inputs or facts.size <= noise.WEIGHT_LIMIT
+        return [Floor(facts.precision, facts.quantized, measurable)]
+
+    @property
+    def judged_by(self) -> str:
+        """The rules in words, for the report."""
+        if self.budget.text:
+            return self.budget.text
+        if self.lossy:
+            return f"floor of lossy passes: finite, same shapes, {LOSSY_FLOOR_DB:g} dB"
+        if self.bitwise:
+            return "equality at disable_all on cpu, the noise floor elsewhere"
+        return "noise floor"
+
+
+def is_cpu(provider: str) -> bool:
+    """Whether a provider is ONNX Runtime's own on the CPU."""
+    return provider_name(provider) == "CPUExecutionProvider"
+
+
+class AbsentProviderError(ProviderError):
+    """A required provider, or every requested one, is absent; `validation` says so."""
+
+    def __init__(self, message: str, validation: Validation) -> None:
+        super().__init__(message)
+        self.validation = validation
+
+
+class Verdict:
+    """Collects checks and notes, and sums them up."""
+
+    def __init__(self, question: Question) -> None:
+        self.question = question
+        self.checks: list[Check] = []
+        self.differences: list[LevelDifference] = []
+        self.notes: list[str] = []
+        self.feeds = 0
+
+    def note(self, text: str) -> None:
+        """Add a note once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def not_run(self, provider: str, reason: str) -> None:
+        """Both levels of a provider, not run for one reason."""
+        for level in LEVELS:
+            self.checks.append(Check(provider, level, "not_run", reason, []))
+
+    def validation(self) -> Validation:
+        """The verdict on the whole."""
+        status = sum_up([check.status for check in self.checks])
+        reason = next((c.reason for c in self.checks if c.status == status), None)
+        return Validation(
+            status=status,
+            reason=None if status == "passed" else reason,
+            judged_by=self.question.judged_by,
+            feeds=self.feeds,
+            checks=self.checks,
+            level_differences=self.differences,
+            notes=self.notes,
+        )
+
+
+def sum_up(statuses: Collection[Status]) -> Status:
+    """Failed if any failed, else passed if any passed."""
+    if "failed" in statuses:
+        return "failed"
+    return "passed" if "passed" in statuses else "not_run"
+
+
+def output_check(
+    name: str, samples: Sequence[Sample], outcome: Outcome, random: bool
+) -> OutputCheck:
+    """One output's line of the report; the numbers are of the data, not of hard cases."""
+    data = [
+        s.difference for s in samples if s.kind == "data" and not s.difference.problem
+    ]
+    status: Status = "failed" if outcome.reason else "passed"
+    reason = outcome.reason
+    if random:
+        status, reason = "not_run", "the reference gives other values when run again"
+    return OutputCheck(
+        name=name,
+        dtype=samples[0].difference.dtype if samples else "",
+        status=status,
+        reason=reason,
+        bound=_finite(outcome.bound),
+        max_abs=_largest(d.max_abs for d in data),
+        max_rel=_largest(d.max_rel for d in data if not d.exact),
+        p99_abs=_largest(d.p99_abs for d in data),
+        cosine=_smallest(d.cosine for d in data if not d.exact),
+        sqnr_db=_smallest(d.sqnr_db for d in data if not d.exact),
+        top1_agreement=_top1(data),
+    )
+
+
+def _top1(data: Sequence[Difference]) -> Metric | None:
+    rows = [d.top1 for d in data if d.top1 is not None]
+    return _smallest(rows) if rows else None
+
+
+def _largest(values: Iterable[float | None]) -> Metric:
+    kept = [value for value in values if value is not None and math.isfinite(value)]
+    return Metric(max(kept, default=None), float(np.mean(kept)) if kept else None)
+
+
+def _smallest(values: Iterable[float | None]) -> Metric:
+    kept = [value for value in values if value is not None and math.isfinite(value)]
+    return Metric(min(kept, default=None), float(np.mean(kept)) if kept else None)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
