@@ -213,4 +213,4 @@ def _attribute_kinds(op_type: str, version: int) -> dict[str, int]:
 
 
 def _type_name(kind: int) -> str:
-    return AttributeProto.AttributeType.Name(kind)
+    return str(AttributeProto.AttributeType.Name(kind))

@@ -131,7 +131,7 @@ class Model:
         proto = view.proto if isinstance(view.proto, FunctionProto) else self.proto
         for entry in proto.opset_import:
             if (entry.domain or "ai.onnx") == (domain or "ai.onnx"):
-                return entry.version
+                return int(entry.version)
         return 0
 
     def is_call(self, node: NodeProto) -> bool:
@@ -169,12 +169,13 @@ class Model:
 
     def bytes(self) -> int:
         """The size of the whole, structure and weights, wherever they lie."""
-        return self.proto.ByteSize() + sum(
+        outside = (
             tensor_bytes(tensor)
             for view in self.views()
             for tensor in view.initializers()
             if tensor.data_location
         )
+        return int(self.proto.ByteSize()) + sum(outside)
 
 
 def _key(item: FunctionProto | NodeProto) -> tuple[str, str, str]:

@@ -120,14 +120,12 @@ class _Source:
         return status.st_size, status.st_mtime_ns
 
     def read(self, offset: int, length: int) -> bytes:
-        data = os.pread(self.file.fileno(), length, offset)
-        while len(data) < length:  # one pread moves at most 2 GiB
-            more = os.pread(self.file.fileno(), length - len(data), offset + len(data))
-            if not more:
-                raise InvalidModelError(
-                    f"{self.label}: {length} bytes at offset {offset} are past its end"
-                )
-            data += more
+        self.file.seek(offset)
+        data = self.file.read(length)
+        if len(data) != length:
+            raise InvalidModelError(
+                f"{self.label}: {length} bytes at offset {offset} are past its end"
+            )
         return data
 
     def check_unchanged(self) -> None:

@@ -101,7 +101,7 @@ def _neutral(value: int, *, either: bool) -> Rule:
             if _is_all(graph, node.input[slot], value) and _is_broadcast_to(
                 graph, node.input[slot], other
             ):
-                return other
+                return str(other)
         return None
 
     return rule
