@@ -5,24 +5,31 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack, cast
 
 import onnx
 from onnx import ModelProto
 
 from onnxopt import data, facts, prepare, recipe
 from onnxopt import target as targets
-from onnxopt.errors import OnnxoptError, UsageError, ValidationError, WorkerError
+from onnxopt.errors import (
+    OnnxoptError,
+    ProviderError,
+    UsageError,
+    ValidationError,
+    WorkerError,
+)
 from onnxopt.evaluate import Evaluator
 from onnxopt.ledger import Ledger
 from onnxopt.manager import Context, Observer, Pass, PassManager
 from onnxopt.model import Model, Source
-from onnxopt.report import Check, Report, Validation
+from onnxopt.report import Check, Guarantee, PassReport, Report, Validation
+from onnxopt.runtime import provider_name, provider_options
 from onnxopt.save import Staged, fits_in_protobuf, stage, to_proto
-from onnxopt.validate import Budget, judge
+from onnxopt.validate import AbsentProviderError, Budget, judge
 
 OnFailure = Literal["raise", "return", "rollback"]
 
@@ -30,15 +37,14 @@ OnFailure = Literal["raise", "return", "rollback"]
 class ValidationOptions(TypedDict, total=False):
     """How a candidate is judged.
 
-    `providers`: execution providers ("cpu", "cuda", ...); those in `require_providers`
-    must be there. Feeds: `seed`, `batch_size` (of an .npz), `input_shapes` (name to
-    dims) for generated ones. Budget: `min_sqnr` (dB), `rtol` and `atol` (in place of
-    the noise floor), `metric` ("script.py:function") with `max_drop`. `timeout`
-    (seconds) and `memory_limit` (bytes) hold for each session's worker.
+    Execution providers ("cpu", "cuda", ...) in `require_providers` must be there. Feeds:
+    `seed`, `batch_size` (of an .npz), `input_shapes` (name to dims) for generated ones.
+    Budget: `min_sqnr` (dB), `rtol` and `atol` (in place of the noise floor), `metric`
+    ("script.py:function") with `max_drop`. `timeout` (seconds) and `memory_limit`
+    (bytes) hold for each session's worker.
     """
 
     base_dir: str | os.PathLike[str] | None
-    providers: Sequence[str]
     require_providers: Sequence[str]
     seed: int
     batch_size: int | None
@@ -56,13 +62,15 @@ class ValidationOptions(TypedDict, total=False):
 class Options(ValidationOptions, total=False):
     """What every transform takes beyond the model, besides `ValidationOptions`.
 
-    `passes` (a textual pipeline, or passes) replaces the recipe. `fix_shapes` and
-    `freeze_inputs` change the interface, `opset` raises the standard opset. `validate`
-    False leaves the result unproven; `require_validation` makes a model that cannot
-    run an error. `bisect_limit` stops after that many edits; `verify_each` checks the
-    graph, and the result in ONNX Runtime, after every pass; `observer` is told of each.
+    The result is judged on `providers`, "cpu" without any. `passes` (a textual pipeline,
+    or passes) replaces the recipe. `fix_shapes` and `freeze_inputs` change the
+    interface, `opset` raises the standard opset. `validate` False leaves the result
+    unproven; `require_validation` makes a model that cannot run an error.
+    `bisect_limit` stops after that many edits; `verify_each` checks the graph, and the
+    result in ONNX Runtime, after every pass; `observer` is told of each.
     """
 
+    providers: Sequence[str]
     passes: str | Sequence[Pass] | None
     fix_shapes: Mapping[str, Sequence[int]] | None
     freeze_inputs: bool
@@ -113,7 +121,8 @@ class Result:
         assert self._model is not None
         target = Path(path)
         with stage(self._model, target) as staged:
-            staged.commit(keep=_input_data(self._model))
+            staged.keep = _input_data(self._model)
+            staged.commit()
 
     def _build(self) -> ModelProto:
         assert self._model is not None
@@ -170,16 +179,18 @@ def validate(
     At the noise floor, unless a budget is given. Raises as `optimize` does where
     something could not be run or read.
     """
-    options["providers"] = providers
+    chosen = cast(Options, {**options, "providers": providers})
     base = options.get("base_dir")
     with tempfile.TemporaryDirectory(prefix="onnxopt-") as folder:
         first = Model.open(reference, base)
         second = Model.open(candidate, base)
+        _check_options(chosen)
+        feeds = _feeds(first, data, chosen)
         paths = (
             _on_disk(first, reference, Path(folder) / "reference.onnx", base),
             _on_disk(second, candidate, Path(folder) / "candidate.onnx", base),
         )
-        return _judge(first, paths, data, options)
+        return _judge(paths, feeds, chosen)
 
 
 @dataclass
@@ -198,6 +209,7 @@ class Job:
         cls, source: Source, name: str, data: Any, target: str, options: Options
     ) -> Job:
         """Read the recipe and check the options, before any model is read."""
+        _check_options(options)
         given = options.get("passes")
         if given is not None:
             passes = recipe.parse_pipeline(given) if isinstance(given, str) else given
@@ -207,7 +219,9 @@ class Job:
             options = {**options, "opset": said.opset}
         if said.target is not None and target == "onnx":
             target = said.target
-        return cls(source, passes, said.name or name, targets.target(target), data, options)
+        return cls(
+            source, passes, said.name or name, targets.target(target), data, options
+        )
 
     @contextlib.contextmanager
     def run(
@@ -215,152 +229,218 @@ class Job:
     ) -> Iterator[tuple[Result, Staged]]:
         """Transform, stage (beside `output` where given) and judge.
 
-        Inside the context the staged file can be committed; after it, it is gone.
+        Inside the context the staged file can be committed; after it, it is gone. An
+        error that comes after the source was read carries the report.
         """
         with tempfile.TemporaryDirectory(prefix="onnxopt-") as name:
             folder = Path(name)
             original = Model.open(self.source, self.options.get("base_dir"))
             reference = _on_disk(
-                original, self.source, folder / "reference.onnx", self.options.get("base_dir")
+                original,
+                self.source,
+                folder / "reference.onnx",
+                self.options.get("base_dir"),
             )
+            keep = _kept_data(original, self.source, output)
             report = Report(
                 recipe=self.recipe,
                 target=self.target.name,
                 source=facts.of_file(original, reference, _data_folder(self, reference)),
             )
             target = output or folder / "candidate.onnx"
-            result, staged = self._attempt(
-                report, original, reference, target, self.options.get("bisect_limit")
-            )
-            if _failed(report) and on_failure == "rollback":
-                staged.discard()
-                result, staged = self._roll_back(report, original, reference, target)
-            with staged:
-                if _failed(report) and on_failure == "raise":
-                    raise ValidationError(_why(report.validation), report)
-                self._require_validation(report)
-                yield result, staged
+            with _carrying(report):
+                feeds = self._feeds(original)
+                run = _Run(self, report, reference, target, feeds)
+                result, staged = run.attempt(self.options.get("bisect_limit"))
+                if _failed(report) and on_failure == "rollback":
+                    staged.discard()
+                    result, staged = run.roll_back()
+                with staged:
+                    staged.keep = keep
+                    if _failed(report) and on_failure == "raise":
+                        raise ValidationError(why(report.validation))
+                    self._require_validation(report)
+                    yield result, staged
 
-    def _attempt(
-        self,
-        report: Report,
-        original: Model,
-        reference: Path,
-        target: Path,
-        limit: int | None,
-    ) -> tuple[Result, Staged]:
-        """One whole run with at most `limit` edits; fills in the report."""
-        model = self._prepared(Model.open(self.source, self.options.get("base_dir")))
-        model.ledger = Ledger(report.source.bytes.model + report.source.bytes.data, limit)
-        context = Context(self.target, Evaluator(self.options.get("timeout", 600.0)))
-        manager = PassManager(
-            self.passes,
-            verify_each=self.options.get("verify_each", False),
-            observer=self._observer(reference, target),
-        )
-        with context.evaluator:
-            manager.run(model, context)
-        staged = stage(model, target)
-        try:
-            report.passes = model.ledger.reports()
-            report.notes = list(model.notes)
-            report.output = facts.of_staged(Model.open(staged.path), staged)
-            if self.options.get("validate", True):
-                paths = (reference, staged.path)
-                report.validation = _judge(original, paths, self.data, self.options)
-                _check_format(report, *paths)
-        except OnnxoptError as error:
-            staged.discard()
-            error.report = error.report or report
-            raise
-        except BaseException:
-            staged.discard()
-            raise
-        as_graph = not isinstance(self.source, str | os.PathLike | ModelProto)
-        return (
-            Result(report, seconds=manager.seconds, _model=model, _as_graph=as_graph),
-            staged,
-        )
-
-    def _prepared(self, model: Model) -> Model:
-        if self.options.get("freeze_inputs"):
-            model = prepare.freeze_inputs(model)
-        shapes = self.options.get("fix_shapes")
-        if shapes:
-            model = prepare.fix_shapes(model, shapes)
-        opset = self.options.get("opset")
-        if opset is not None:
-            model = prepare.raise_opset(model, opset)
-        return model
-
-    def _observer(self, reference: Path, target: Path) -> Observer | None:
-        """The caller's observer; under `verify_each` also a run of every result."""
-        given = self.options.get("observer")
-        if not self.options.get("verify_each") or not self.options.get("validate", True):
-            return given
-
-        def observe(pass_: Pass, model: Model, edits: int) -> None:
-            if given is not None:
-                given(pass_, model, edits)
-            if edits:
-                with stage(model, target) as staged:
-                    paths = (reference, staged.path)
-                    verdict = _judge(model, paths, self.data, self.options)
-                if verdict.status == "failed":
-                    raise ValidationError(f"after pass {pass_.name}: {_why(verdict)}")
-
-        return observe
-
-    def _roll_back(
-        self, report: Report, original: Model, reference: Path, target: Path
-    ) -> tuple[Result, Staged]:
-        """The run with the most edits, from the first on, whose result is right."""
-        reason = _why(report.validation)
-        good, bad = 0, sum(entry.edits for entry in report.passes)
-        while bad - good > 1:
-            middle = (good + bad) // 2
-            _, staged = self._attempt(report, original, reference, target, middle)
-            staged.discard()
-            good, bad = (good, middle) if _failed(report) else (middle, bad)
-        result, staged = self._attempt(report, original, reference, target, good)
-        report.notes.append(f"rolled back to the first {good} edits, since {reason}")
-        return result, staged
+    def _feeds(self, original: Model) -> data.Feeds | None:
+        if not self.options.get("validate", True):
+            return None
+        return _feeds(original, self.data, self.options)
 
     def _require_validation(self, report: Report) -> None:
         validation = report.validation
         if validation is None or validation.status != "not_run":
             return
         if self.options.get("require_validation"):
-            raise WorkerError(f"the result is not proven: {validation.reason}", report)
+            raise WorkerError(f"the result is not proven: {validation.reason}")
         report.notes.append(f"not proven: {validation.reason}")
 
 
-def _judge(
-    model: Model, paths: tuple[Path, Path], feeds: Any, options: ValidationOptions
-) -> Validation:
-    """Feeds for `model`, run through the files at `paths`: reference, candidate."""
-    inputs = data.input_specs(model.proto)
-    if feeds is not None:
-        chosen = data.load_feeds(feeds, inputs, options.get("batch_size"))
-    else:
-        shapes = {**(options.get("input_shapes") or {})}
-        shapes.update(options.get("fix_shapes") or {})  # type: ignore[typeddict-item]
-        chosen = data.generate_feeds(
-            inputs, model=model.proto, seed=options.get("seed", 0), shapes=shapes
+@dataclass
+class _Run:
+    """The attempts of one job: the first one, and those of a rollback."""
+
+    job: Job
+    report: Report
+    reference: Path
+    target: Path
+    feeds: data.Feeds | None
+
+    def attempt(self, limit: int | None) -> tuple[Result, Staged]:
+        """One whole run with at most `limit` edits; fills in the report."""
+        report, options = self.report, self.job.options
+        model = self._prepared(Model.open(self.job.source, options.get("base_dir")))
+        model.ledger = Ledger(report.source.bytes.model + report.source.bytes.data, limit)
+        context = Context(self.job.target, Evaluator(options.get("timeout", 600.0)))
+        manager = PassManager(
+            self.job.passes,
+            verify_each=options.get("verify_each", False),
+            observer=self._observer(),
         )
+        with context.evaluator:
+            manager.run(model, context)
+        staged = stage(model, self.target)
+        try:
+            report.passes = model.ledger.reports()
+            report.notes = list(model.notes)
+            report.output = facts.of_staged(Model.open(staged.path), staged)
+            if self.feeds is not None:
+                report.validation = self._verdict(staged.path, report.passes)
+                _check_format(report, self.reference, staged.path)
+        except BaseException:
+            staged.discard()
+            raise
+        as_graph = not isinstance(self.job.source, str | os.PathLike | ModelProto)
+        return (
+            Result(report, seconds=manager.seconds, _model=model, _as_graph=as_graph),
+            staged,
+        )
+
+    def _prepared(self, model: Model) -> Model:
+        if self.job.options.get("freeze_inputs"):
+            model = prepare.freeze_inputs(model)
+        shapes = self.job.options.get("fix_shapes")
+        if shapes:
+            model = prepare.fix_shapes(model, shapes)
+        opset = self.job.options.get("opset")
+        if opset is not None:
+            model = prepare.raise_opset(model, opset)
+        return model
+
+    def _verdict(self, candidate: Path, passes: Sequence[PassReport]) -> Validation:
+        assert self.feeds is not None
+        fired = {entry.guarantee for entry in passes if entry.edits}
+        if self.job.options.get("opset") is not None:
+            fired.add("equivalent")  # onnx's converter promises nothing more
+        paths = (self.reference, candidate)
+        return _judge(paths, self.feeds, self.job.options, fired)
+
+    def _observer(self) -> Observer | None:
+        """The caller's observer; under `verify_each` also a run of every result."""
+        given = self.job.options.get("observer")
+        if not self.job.options.get("verify_each") or self.feeds is None:
+            return given
+
+        def observe(pass_: Pass, model: Model, edits: int) -> None:
+            if given is not None:
+                given(pass_, model, edits)
+            if edits:
+                with stage(model, self.target) as staged:
+                    verdict = self._verdict(staged.path, model.ledger.reports())
+                if verdict.status == "failed":
+                    self.report.passes = model.ledger.reports()
+                    self.report.validation = verdict
+                    raise ValidationError(f"after pass {pass_.name}: {why(verdict)}")
+
+        return observe
+
+    def roll_back(self) -> tuple[Result, Staged]:
+        """The run with the most edits, from the first on, whose result is right."""
+        reason = why(self.report.validation)
+        good, bad = 0, sum(entry.edits for entry in self.report.passes)
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            _, staged = self.attempt(middle)
+            staged.discard()
+            good, bad = (good, middle) if _failed(self.report) else (middle, bad)
+        result, staged = self.attempt(good)
+        self.report.notes.append(f"rolled back to the first {good} edits, since {reason}")
+        return result, staged
+
+
+@contextlib.contextmanager
+def _carrying(report: Report) -> Iterator[None]:
+    """Let an error carry the report, which says what could not be judged and why."""
+    try:
+        yield
+    except AbsentProviderError as error:
+        report.validation = error.validation
+        error.report = error.report or report
+        raise
+    except OnnxoptError as error:
+        if isinstance(error, ProviderError | WorkerError) and report.validation is None:
+            report.validation = Validation("not_run", str(error), "", 0, [], [], [])
+        error.report = error.report or report
+        raise
+
+
+def _check_options(options: Options) -> None:
+    """Raise UsageError for what can be known to be wrong before any model is read."""
+    wanted = (
+        *(options.get("providers") or ()),
+        *(options.get("require_providers") or ()),
+    )
+    for provider in wanted:
+        provider_name(provider)
+        provider_options(provider)
+    metric = options.get("metric")
+    if metric is not None:
+        data.load_function(metric)
+    elif options.get("max_drop") is not None:
+        raise UsageError("--max-drop needs --metric script.py:function")
+
+
+def _feeds(model: Model, spec: Any, options: Options) -> data.Feeds:
+    """The feeds that `spec` names, else made-up ones, for the inputs of `model`."""
+    inputs = data.input_specs(model.proto)
+    if spec is not None:
+        return data.load_feeds(spec, inputs, options.get("batch_size"))
+    shapes = {**(options.get("input_shapes") or {}), **(options.get("fix_shapes") or {})}
+    return data.generate_feeds(
+        inputs, model=model.proto, seed=options.get("seed", 0), shapes=shapes
+    )
+
+
+def _judge(
+    paths: tuple[Path, Path],
+    feeds: data.Feeds,
+    options: Options,
+    guarantees: Set[Guarantee] = frozenset({"equivalent"}),
+) -> Validation:
+    """Run the files at `paths` (reference, candidate) and compare what they compute.
+
+    `guarantees`: those of the passes that fired, by which the candidate is judged.
+    """
     keys = ("min_sqnr", "rtol", "atol", "metric", "max_drop")
     budget = {key: options.get(key) for key in keys if options.get(key) is not None}
     return judge(
         *paths,
-        providers=tuple(options.get("providers") or ("cpu",)),
-        feeds=chosen,
+        providers=tuple(options.get("providers") or _default_providers(options)),
+        feeds=feeds,
         budget=Budget(**budget) if budget else None,  # type: ignore[arg-type]
+        lossy="lossy" in guarantees,
+        bitwise=guarantees <= {"bitwise"},
         required=tuple(options.get("require_providers") or ()),
         custom_op_libraries=tuple(options.get("custom_op_libraries") or ()),
         timeout=options.get("timeout", 600.0),
         memory_limit=options.get("memory_limit"),
         seed=options.get("seed", 0),
     )
+
+
+def _default_providers(options: Options) -> tuple[str, ...]:
+    """The CPU, unless the user required others."""
+    return () if options.get("require_providers") else ("cpu",)
 
 
 def _on_disk(
@@ -383,11 +463,25 @@ def _input_data(model: Model) -> list[Path]:
     return [] if base_dir is None else facts.data_files(model, base_dir)
 
 
+def _kept_data(original: Model, source: Source, output: Path | None) -> list[Path]:
+    """The input's data files, which stay, unless the output replaces the input.
+
+    Raises UsageError where the output would replace one of them.
+    """
+    found = _input_data(original)
+    if output is None or not output.exists():
+        return found
+    if any(file.exists() and output.samefile(file) for file in found):
+        raise UsageError(f"cannot write {output}: it holds weights of the input")
+    is_path = isinstance(source, str | os.PathLike)
+    return [] if is_path and output.samefile(source) else found
+
+
 def _failed(report: Report) -> bool:
     return report.validation is not None and report.validation.status == "failed"
 
 
-def _why(validation: Validation | None) -> str:
+def why(validation: Validation | None) -> str:
     """One line: what failed, where, by how much."""
     if validation is None:
         return "it was not validated"
@@ -422,4 +516,4 @@ def _checker_problem(path: Path) -> str | None:
     return None
 
 
-__all__ = ["Job", "Options", "Result", "UsageError", "optimize", "simplify", "validate"]
+__all__ = ["Job", "Options", "Result", "optimize", "simplify", "validate", "why"]

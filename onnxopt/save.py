@@ -10,21 +10,19 @@ so do the large ones of any model that would pass protobuf's limit of 2 GiB.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import itertools
 import os
 import re
-import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from onnx import GraphProto, ModelProto, TensorProto
 
-from onnxopt import attributes, wire
-from onnxopt.errors import InvalidModelError, UsageError
+from onnxopt import attributes, files, wire
+from onnxopt.errors import InvalidModelError
 from onnxopt.model import Model
 from onnxopt.report import Digest, Pair
 from onnxopt.weights import Place, WeightStore, place, set_place, tensor_bytes
@@ -37,38 +35,51 @@ ALIGNMENT = 4096
 class Staged:
     """A complete model under temporary names; `commit` or `discard` it.
 
-    As a context manager it is discarded on the way out unless it was committed.
+    As a context manager it is discarded on the way out unless it was committed. `keep`
+    names data files that outlive the model that is replaced.
     """
 
     def __init__(self, target: Path) -> None:
         self.target = target
-        self.path = _beside(target)
+        self.path = files.beside(target)
         self.data_path: Path | None = None
         self.digest = Digest("", None)
         self.bytes = Pair(0, 0)
-        self._own_data = False
+        self.keep: Iterable[Path] = ()
+        self._data: files.Claim | None = None
 
-    def commit(self, keep: Iterable[Path] = ()) -> None:
-        """Let the model appear at its target; `keep` names data files still needed."""
-        stale = _own_data_files(self.target)
-        try:
-            os.replace(self.path, self.target)
-            self._own_data = False
-            _sync_folder(self.target.parent)
-        except OSError as error:
-            self.discard()
-            raise _cannot_write(self.target, error) from None
-        needed = {_real(path) for path in (*keep, self.data_path) if path is not None}
-        for path in stale:
-            if _real(path) not in needed:
-                path.unlink(missing_ok=True)
+    def commit(self) -> None:
+        """Let the model appear at its target. Raises UsageError."""
+        with files.locked(self.target.parent):
+            stale = _own_data_files(self.target)
+            try:
+                os.replace(self.path, self.target)
+            except OSError as error:
+                self.discard()
+                raise files.cannot_write(self.target, error) from None
+            needed = {path.resolve() for path in self.keep}
+            needed |= {self.data_path.resolve()} if self.data_path else set()
+            for path in stale:
+                if path.resolve() not in needed:
+                    files.remove_unclaimed(path)
+            self._release()
+        files.sync_folder(self.target.parent)
 
     def discard(self) -> None:
         """Leave nothing behind."""
         self.path.unlink(missing_ok=True)
-        if self._own_data and self.data_path is not None:
-            self.data_path.unlink(missing_ok=True)
-            self._own_data = False
+        if self._data is not None:
+            self._data.withdraw()
+            self._data = None
+
+    def claim(self, data: files.Claim) -> None:
+        """Take over the data file that this model refers to."""
+        self._data, self.data_path = data, data.path
+
+    def _release(self) -> None:
+        if self._data is not None:
+            self._data.release()
+            self._data = None
 
     def __enter__(self) -> Staged:
         return self
@@ -82,6 +93,7 @@ def stage(model: Model, target: Path) -> Staged:
 
     Raises UsageError where the folder cannot be written or the disk is full.
     """
+    files.check_target(target)
     model.settle()
     staged = Staged(target)
     try:
@@ -95,7 +107,7 @@ def stage(model: Model, target: Path) -> Staged:
         model.weights.check_unchanged()
     except OSError as error:
         staged.discard()
-        raise _cannot_write(target, error) from None
+        raise files.cannot_write(target, error) from None
     except BaseException:
         staged.discard()
         raise
@@ -119,7 +131,7 @@ def fits_in_protobuf(model: Model) -> bool:
 
 
 def tensors(proto: ModelProto) -> Iterator[TensorProto]:
-    """Every dense tensor that can lie outside: initializers and attributes, all scopes."""
+    """Every dense tensor that can lie outside: initializers, attributes, all scopes."""
     yield from _graph_tensors(proto.graph)
     for function in proto.functions:
         yield from _node_tensors(function.node)
@@ -167,7 +179,7 @@ def _is_source(tensor: TensorProto) -> bool:
 
 def _write_data(staged: Staged, moved: list[TensorProto], weights: WeightStore) -> None:
     """Write the data file, and let the tensors name it."""
-    temporary = _beside(staged.target)
+    temporary = files.beside(staged.target)
     digest = hashlib.sha256()
     known: dict[Place, tuple[int, int]] = {}
     spots: list[tuple[int, int]] = []
@@ -183,10 +195,9 @@ def _write_data(staged: Staged, moved: list[TensorProto], weights: WeightStore) 
                 spots.append(spot)
             _sync(file)
             size = file.tell()
-        name = f"{staged.target.stem}-{digest.hexdigest()[:12]}.data"
-        staged.data_path = staged.target.with_name(name)
-        staged._own_data = not staged.data_path.exists()
-        os.replace(temporary, staged.data_path)
+            name = f"{staged.target.stem}-{digest.hexdigest()[:12]}.data"
+            place_at = staged.target.with_name(name)
+            staged.claim(files.Claim(file, temporary, place_at))
     finally:
         temporary.unlink(missing_ok=True)
     for tensor, (offset, length) in zip(moved, spots, strict=True):
@@ -283,10 +294,6 @@ def _graph_parts(file: BinaryIO, data: bytes, graph: wire.Field) -> Iterator[Par
 # ---- files ----
 
 
-def _beside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
-
-
 def _create(path: Path) -> BinaryIO:
     return os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666), "w+b")
 
@@ -294,15 +301,6 @@ def _create(path: Path) -> BinaryIO:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system can
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _own_data_files(target: Path) -> list[Path]:
@@ -319,11 +317,3 @@ def _own_data_files(target: Path) -> list[Path]:
         return []  # whatever stands there is replaced; its data is not ours to judge
     names = {where.location for where in places if where is not None}
     return [target.with_name(name) for name in sorted(names) if pattern.fullmatch(name)]
-
-
-def _real(path: Path) -> Path:
-    return path.resolve()
-
-
-def _cannot_write(target: Path, error: OSError) -> UsageError:
-    return UsageError(f"cannot write {target}: {error.strerror or error}")

@@ -1,0 +1,114 @@
+"""The command line. Importing it, and `--help`, need nothing but click.
+
+A verb reads its options, calls the function of `onnxopt.api` that does the work, shows
+what came of it and returns the exit code; `onnxopt.outcome` turns errors into theirs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from onnxopt import options
+from onnxopt._version import __version__
+from onnxopt.outcome import Cli
+
+
+@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="onnxopt")
+def cli() -> None:
+    """Make ONNX models smaller and faster, and prove that they still compute the same."""
+
+
+@cli.command()
+@options.model_argument("source", "IN")
+@click.option(
+    "--recipe",
+    metavar="NAME|FILE.yaml",
+    help="A pipeline (see onnxopt passes) or a YAML file; default without it.",
+)
+@click.option(
+    "--passes",
+    metavar="PIPELINE",
+    help="Passes in place of a recipe, as in 'a,b{x=1}'; '' copies the model.",
+)
+@options.transform
+def optimize(source: str, recipe: str | None, passes: str | None, **given: Any) -> int:
+    """Run a recipe: everything exact without one, nothing lossy."""
+    from onnxopt.errors import UsageError
+    from onnxopt.transform import transform
+
+    if recipe is not None and passes is not None:
+        raise UsageError("give --recipe or --passes, not both")
+    return transform(source, recipe or "default", {**given, "passes": passes})
+
+
+@cli.command()
+@options.model_argument("source", "IN")
+@options.transform
+def simplify(source: str, **given: Any) -> int:
+    """Rewrite the graph exactly: constants, identities, BatchNormalization, dead code."""
+    from onnxopt.transform import transform
+
+    return transform(source, "simplify", given)
+
+
+@cli.command()
+@options.model_argument("reference", "REFERENCE")
+@options.model_argument("candidate", "CANDIDATE")
+@options.json_to
+@options.validation
+def validate(
+    reference: str, candidate: str, json_to: str | None, verbose: int, **given: Any
+) -> int:
+    """Say whether CANDIDATE computes what REFERENCE computes: exit code 0 or 1.
+
+    Judged at the measured noise floor, unless a budget is given.
+    """
+    from onnxopt import api, describe, terminal
+    from onnxopt.document import Document, as_json
+
+    with Document(json_to) as document:
+        verdict = api.validate(
+            reference,
+            candidate,
+            data=given["data"],
+            providers=given["providers"],
+            **options.job_options({**given, "providers": None}),
+        )
+        document.write(as_json(verdict))
+    terminal.show(describe.verdict(verdict, verbose), err=document.to_stdout)
+    return {"passed": 0, "failed": 1, "not_run": 5}[verdict.status]
+
+
+@cli.command()
+@options.model_argument("source", "IN")
+@options.json_to
+def inspect(source: str, json_to: str | None, verbose: int) -> int:
+    """Say what a model holds: operators, sizes, zeros, quantization."""
+    from onnxopt import describe, terminal
+    from onnxopt.document import Document, as_json
+    from onnxopt.inspect import inspect as look
+
+    with Document(json_to) as document:
+        found = look(source)
+        document.write(as_json(found))
+    if not document.to_stdout:
+        terminal.show(describe.inspection(source, found, verbose))
+    return 0
+
+
+@cli.command()
+@options.json_to
+def passes(json_to: str | None, verbose: int) -> int:
+    """List the passes with their parameters, and the pipelines."""
+    from onnxopt import listing, terminal
+    from onnxopt.document import Document, as_json
+
+    found = listing.listing()
+    with Document(json_to) as document:
+        document.write(as_json(found))
+    if not document.to_stdout:
+        terminal.show(listing.lines(found))
+    return 0

@@ -1,0 +1,268 @@
+"""The options that several verbs share.
+
+A parameter is called as in `onnxopt.api.Options`, so that a verb hands on what it was
+given. Nothing heavy is imported before an option is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from onnxopt.errors import UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+Decorator = Callable[[F], F]
+
+_JOB_KEYS = frozenset(
+    {
+        "providers",
+        "require_providers",
+        "seed",
+        "batch_size",
+        "input_shapes",
+        "min_sqnr",
+        "rtol",
+        "atol",
+        "metric",
+        "max_drop",
+        "custom_op_libraries",
+        "timeout",
+        "passes",
+        "fix_shapes",
+        "freeze_inputs",
+        "opset",
+        "validate",
+        "require_validation",
+        "bisect_limit",
+        "verify_each",
+    }
+)
+
+
+def job_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Of a verb's parameters those that `onnxopt.api` takes, less what was not given."""
+    return {
+        key: value
+        for key, value in given.items()
+        if key in _JOB_KEYS and value is not None and value != ()
+    }
+
+
+def _together(*decorators: Decorator[Any]) -> Decorator[Any]:
+    """One decorator for several options, listed in help as they are here."""
+
+    def decorate(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+def _shapes(
+    _: click.Context, parameter: click.Parameter, values: Sequence[str]
+) -> dict[str, tuple[int, ...]]:
+    """`x:1,3,224,224`, several times, as a dict."""
+    if not values:
+        return {}
+    from onnxopt.inputs import parse_shape
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for text in values:
+        try:
+            name, dims = parse_shape(text)
+        except UsageError as error:
+            raise click.BadParameter(str(error), param=parameter) from None
+        if name in shapes:
+            raise click.BadParameter(f"{name!r} is given twice", param=parameter)
+        shapes[name] = dims
+    return shapes
+
+
+def model_argument(name: str, label: str) -> Decorator[Any]:
+    """A model file that is there."""
+    kind = click.Path(exists=True, dir_okay=False)
+    return click.argument(name, type=kind, metavar=label)
+
+
+validation = _together(
+    click.option(
+        "--data",
+        metavar="SPEC",
+        help="Feeds: file.npz, a folder of .npz, an ONNX test_data_set_* folder, or "
+        "script.py:function. Made up (seeded) without it.",
+    ),
+    click.option(
+        "--provider",
+        "providers",
+        multiple=True,
+        metavar="P",
+        help="Execution provider to validate on (cpu, cuda, tensorrt, ...), with options "
+        "as in cuda:device_id=1. Repeatable; cpu without it.",
+    ),
+    click.option(
+        "--require-provider",
+        "require_providers",
+        multiple=True,
+        metavar="P",
+        help="A provider that must be there: exit code 4 where it is not. Repeatable.",
+    ),
+    click.option(
+        "--seed",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="Seed of made-up feeds.",
+    ),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Samples a feed, of an .npz file.",
+    ),
+    click.option(
+        "--input-shape",
+        "input_shapes",
+        multiple=True,
+        callback=_shapes,
+        metavar="NAME:DIMS",
+        help="Shape of an input's made-up feeds, as in x:1,3,224,224. Repeatable.",
+    ),
+    click.option(
+        "--min-sqnr",
+        type=float,
+        metavar="DB",
+        help="Budget: the least signal-to-noise ratio of any output.",
+    ),
+    click.option(
+        "--rtol",
+        type=click.FloatRange(min=0),
+        help="Budget: relative tolerance, in place of the measured noise floor.",
+    ),
+    click.option(
+        "--atol",
+        type=click.FloatRange(min=0),
+        help="Budget: absolute tolerance, in place of the measured noise floor.",
+    ),
+    click.option(
+        "--metric",
+        metavar="SCRIPT.py:F",
+        help="Budget: F(run) -> float, higher is better, called once per model.",
+    ),
+    click.option(
+        "--max-drop",
+        type=click.FloatRange(min=0),
+        metavar="X",
+        help="Budget: by how much the metric may drop (absolute).",
+    ),
+    click.option(
+        "--custom-op-library",
+        "custom_op_libraries",
+        multiple=True,
+        type=click.Path(exists=True, dir_okay=False),
+        metavar="SO",
+        help="Load custom operators, in the worker only. Repeatable.",
+    ),
+    click.option(
+        "--timeout",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="SECONDS",
+        help="For each load and each run of a model in ONNX Runtime (600).",
+    ),
+)
+
+_report = click.option(
+    "--report",
+    metavar="FILE",
+    help="Write the report as JSON; - is stdout.",
+)
+
+transform = _together(
+    click.option(
+        "-o",
+        "--output",
+        type=click.Path(dir_okay=False),
+        metavar="OUT",
+        help="The model to write; may be IN itself.",
+    ),
+    click.option(
+        "--target",
+        default="onnx",
+        show_default=True,
+        metavar="T",
+        help="What the model is to run on: onnx, ort-cpu, ort-cpu-x86, ort-cpu-arm, "
+        "ort-cuda, tensorrt.",
+    ),
+    click.option(
+        "--opset",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Raise the standard operator set, with onnx's version converter.",
+    ),
+    click.option(
+        "--fix-shape",
+        "fix_shapes",
+        multiple=True,
+        callback=_shapes,
+        metavar="NAME:DIMS",
+        help="Fix an input's shape in the file. Repeatable.",
+    ),
+    click.option(
+        "--freeze-inputs",
+        is_flag=True,
+        help="Make inputs that have a default value constants.",
+    ),
+    _report,
+    click.option("--dry-run", is_flag=True, help="Do everything but write the model."),
+    validation,
+    click.option(
+        "--no-validate",
+        "validate",
+        flag_value=False,
+        default=True,
+        help="Do not run the result against the original: it stays unproven.",
+    ),
+    click.option(
+        "--require-validation",
+        is_flag=True,
+        help="Fail where the models cannot be run, rather than warn.",
+    ),
+    click.option(
+        "--force",
+        is_flag=True,
+        help="Write the model even where validation fails (the exit code stays 1).",
+    ),
+    click.option(
+        "--on-failure",
+        type=click.Choice(["raise", "rollback"]),
+        default="raise",
+        show_default=True,
+        help="Where validation fails: give up, or keep the edits before the wrong one.",
+    ),
+    click.option(
+        "--print-after",
+        multiple=True,
+        metavar="PASS",
+        help="Print the model after each run of a pass that changed it ('all' for any).",
+    ),
+    click.option("--time-passes", is_flag=True, help="Print the CPU time of each pass."),
+    click.option("--timings", metavar="FILE", help="Write these times as JSON."),
+    click.option(
+        "--bisect-limit",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="Stop after N edits, to find a wrong one.",
+    ),
+    click.option(
+        "--verify-each",
+        is_flag=True,
+        help="Check the graph and run it in ONNX Runtime after each pass.",
+    ),
+)
+
+json_to = click.option(
+    "--json", "json_to", metavar="FILE", help="Write JSON to a file; - is stdout."
+)
