@@ -8,7 +8,6 @@ onnx.checker passes; what it cannot load, or what is not safe to read, does not.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -19,12 +18,13 @@ from onnx import (
     GraphProto,
     ModelProto,
     NodeProto,
+    SparseTensorProto,
     TensorProto,
 )
 
 from onnxopt import attributes
 from onnxopt.errors import InvalidModelError
-from onnxopt.weights import elements, payload_bytes, place
+from onnxopt.weights import PACKED_BITS, elements, payload_bytes, place
 
 MAX_BYTES = 1 << 46
 """No tensor is larger than this (64 TiB): dims beyond are garbage, or a bomb."""
@@ -137,6 +137,8 @@ def _check_graph(graph: GraphProto) -> None:
             seen.add(name)
     for tensor in graph.initializer:
         _check_tensor(tensor, f"initializer {tensor.name!r}")
+    for sparse in graph.sparse_initializer:
+        _check_sparse(sparse, f"sparse initializer {sparse.values.name!r}")
 
 
 def _check_tensor(tensor: TensorProto, what: str) -> None:
@@ -150,6 +152,8 @@ def _check_tensor(tensor: TensorProto, what: str) -> None:
     if wanted > MAX_BYTES or count > MAX_BYTES:
         raise InvalidModelError(f"{what} has absurd dims {list(tensor.dims)}")
     if place(tensor) is not None:
+        if tensor.data_type == TensorProto.STRING:
+            raise InvalidModelError(f"{what}: strings cannot be external data")
         return
     if tensor.HasField("raw_data"):
         found: int = len(tensor.raw_data)
@@ -168,10 +172,17 @@ def _check_tensor(tensor: TensorProto, what: str) -> None:
         )
 
 
+def _check_sparse(sparse: SparseTensorProto, what: str) -> None:
+    if any(dim < 0 for dim in sparse.dims):
+        raise InvalidModelError(f"{what} has negative dims {list(sparse.dims)}")
+    _check_tensor(sparse.values, f"{what}, its values")
+    _check_tensor(sparse.indices, f"{what}, its indices")
+
+
 def _int32_items(data_type: int, count: int) -> int:
     """Entries of int32_data for `count` elements: 4- and 2-bit types pack bytes."""
-    full = payload_bytes(data_type, 8)  # bytes of 8 elements; below 8 it is packed
-    return math.ceil(count * full / 8) if full < 8 else count
+    packs = PACKED_BITS.get(data_type) in (2, 4)
+    return payload_bytes(data_type, count) if packs else count
 
 
 def _check_node(
@@ -196,8 +207,19 @@ def _check_node(
             raise InvalidModelError(
                 f"{where} is of type {_type_name(attribute.type)}, not {_type_name(kind)}"
             )
-        if attribute.type == AttributeProto.TENSOR and not attribute.ref_attr_name:
-            _check_tensor(attribute.t, where)
+        if not attribute.ref_attr_name:
+            _check_payloads(attribute, where)
+
+
+def _check_payloads(attribute: AttributeProto, where: str) -> None:
+    if attribute.type == AttributeProto.TENSOR or attribute.HasField("t"):
+        _check_tensor(attribute.t, where)
+    elif attribute.HasField("sparse_tensor"):
+        _check_sparse(attribute.sparse_tensor, where)
+    for tensor in attribute.tensors:
+        _check_tensor(tensor, where)
+    for sparse in attribute.sparse_tensors:
+        _check_sparse(sparse, where)
 
 
 @functools.cache

@@ -11,8 +11,8 @@ from onnxopt import cost
 from onnxopt.errors import UsageError
 from onnxopt.model import Model
 from onnxopt.report import Digest, Pair, Side
-from onnxopt.save import Staged, tensors
-from onnxopt.weights import CHUNK, place
+from onnxopt.save import Staged
+from onnxopt.weights import CHUNK, place, tensors
 
 
 def of_file(model: Model, path: Path, base_dir: Path | None = None) -> Side:

@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from google.protobuf.message import DecodeError, EncodeError
-from onnx import FunctionProto, GraphProto, ModelProto, NodeProto
+from onnx import FunctionProto, ModelProto, NodeProto
 
 from onnxopt import attributes, checks, wire
 from onnxopt.errors import InvalidModelError, UsageError
 from onnxopt.graph import GraphView
 from onnxopt.ledger import Ledger
 from onnxopt.shapes import Shapes
-from onnxopt.weights import WeightStore, tensor_bytes
+from onnxopt.weights import SOURCE, WeightStore, copy_fields, tensor_bytes, tensors
 
 log = logging.getLogger("onnxopt.model")
 
-_SOURCE = "\0source"
 _PURE_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc")
 
 Source = str | os.PathLike[str] | ModelProto | Any
@@ -59,8 +58,8 @@ class Model:
             if view.is_unordered:
                 self.notes.append(f"{view.scope}: nodes were not sorted; they are now")
                 view.settle()
-            for tensor in view.initializers():
-                weights.check(tensor)
+        for tensor in tensors(proto):
+            weights.check(tensor)
 
     @classmethod
     def open(
@@ -93,7 +92,7 @@ class Model:
         except OSError as error:
             raise UsageError(f"cannot read {path}: {error.strerror}") from None
         weights = WeightStore(folder or path.parent, path)
-        weights.add_source(_SOURCE, file, str(path))
+        weights.add_source(SOURCE, file, str(path))
         return cls(_parse(file, str(path)), weights)
 
     @classmethod
@@ -108,7 +107,7 @@ class Model:
         file = tempfile.TemporaryFile(prefix="onnxopt-")  # noqa: SIM115 - as above
         file.write(data)
         file.flush()
-        weights.add_source(_SOURCE, file, "the model")
+        weights.add_source(SOURCE, file, "the model")
         return cls(_parse(file, "the model"), weights)
 
     def views(self) -> Iterator[GraphView]:
@@ -189,7 +188,7 @@ def _parse(file: BinaryIO, label: str) -> ModelProto:
         raise InvalidModelError(f"{label} is empty")
     proto = ModelProto()
     try:
-        proto.ParseFromString(wire.skeleton(file, size, _SOURCE))
+        proto.ParseFromString(wire.skeleton(file, size, SOURCE))
     except (wire.WireError, DecodeError, ValueError):
         raise InvalidModelError(
             f"{label} is not an ONNX model, or is cut short ({size:,} bytes)"
@@ -202,22 +201,9 @@ def _parse(file: BinaryIO, label: str) -> ModelProto:
 def _copy_large(proto: ModelProto, weights: WeightStore) -> ModelProto:
     """A copy of a model in memory of over 2 GiB, with its large weights spilled."""
     new = ModelProto()
-    for field, value in proto.ListFields():
-        if field.name != "graph":
-            _copy_field(new, field.name, value)
-    for field, value in proto.graph.ListFields():
-        if field.name != "initializer":
-            _copy_field(new.graph, field.name, value)
+    copy_fields(proto, new, without=["graph"])
+    copy_fields(proto.graph, new.graph, without=["initializer"])
     for tensor in proto.graph.initializer:
         large = len(tensor.raw_data) >= wire.MIN_PAYLOAD
         new.graph.initializer.append(weights.spill(tensor) if large else tensor)
     return new
-
-
-def _copy_field(target: ModelProto | GraphProto, name: str, value: Any) -> None:
-    if hasattr(value, "extend"):
-        getattr(target, name).extend(value)
-    elif hasattr(value, "CopyFrom"):
-        getattr(target, name).CopyFrom(value)
-    else:
-        setattr(target, name, value)

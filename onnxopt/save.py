@@ -19,13 +19,22 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from onnx import GraphProto, ModelProto, TensorProto
+from google.protobuf.message import DecodeError
+from onnx import ModelProto, TensorProto
 
-from onnxopt import attributes, files, wire
-from onnxopt.errors import InvalidModelError
+from onnxopt import files, wire
 from onnxopt.model import Model
 from onnxopt.report import Digest, Pair
-from onnxopt.weights import Place, WeightStore, place, set_place, tensor_bytes
+from onnxopt.weights import (
+    SOURCE,
+    TYPED_FIELDS,
+    Place,
+    WeightStore,
+    place,
+    set_place,
+    tensor_bytes,
+    tensors,
+)
 
 PROTOBUF_LIMIT = (1 << 31) - (1 << 20)
 ALIGNMENT = 4096
@@ -130,28 +139,6 @@ def fits_in_protobuf(model: Model) -> bool:
     return model.bytes() < PROTOBUF_LIMIT
 
 
-def tensors(proto: ModelProto) -> Iterator[TensorProto]:
-    """Every dense tensor that can lie outside: initializers, attributes, all scopes."""
-    yield from _graph_tensors(proto.graph)
-    for function in proto.functions:
-        yield from _node_tensors(function.node)
-
-
-def _graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    yield from graph.initializer
-    yield from _node_tensors(graph.node)
-
-
-def _node_tensors(nodes: Iterable[object]) -> Iterator[TensorProto]:
-    for node in nodes:
-        for attribute in node.attribute:  # type: ignore[attr-defined]
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-        for _, graph in attributes.subgraphs(node):  # type: ignore[arg-type]
-            yield from _graph_tensors(graph)
-
-
 # ---- external data ----
 
 
@@ -159,12 +146,20 @@ def _moved_outside(shell: ModelProto, model: Model) -> list[TensorProto]:
     """The tensors that go to a data file: all that were there, or too large together."""
     found = [tensor for tensor in tensors(shell) if place(tensor) is not None]
     was_outside = any(not _is_internal(tensor) for tensor in found)
-    if not was_outside and fits_in_protobuf(model):
-        return []
-    if was_outside and fits_in_protobuf(model):
+    if not fits_in_protobuf(model):
+        return [tensor for tensor in tensors(shell) if _is_heavy(tensor)]
+    if was_outside:
         return [tensor for tensor in found if not _is_source(tensor)]
-    large = [t for t in tensors(shell) if tensor_bytes(t) >= wire.MIN_PAYLOAD]
-    return [t for t in large if t.data_type != TensorProto.STRING]
+    return []
+
+
+def _is_heavy(tensor: TensorProto) -> bool:
+    """Whether a tensor goes to the data file of a model that is over the limit."""
+    if place(tensor) is not None and not _is_internal(tensor):
+        return True
+    if tensor.data_type == TensorProto.STRING:
+        return False
+    return tensor_bytes(tensor) >= wire.MIN_PAYLOAD
 
 
 def _is_internal(tensor: TensorProto) -> bool:
@@ -174,25 +169,26 @@ def _is_internal(tensor: TensorProto) -> bool:
 
 def _is_source(tensor: TensorProto) -> bool:
     where = place(tensor)
-    return where is not None and where.location == "\0source"
+    return where is not None and where.location == SOURCE
 
 
 def _write_data(staged: Staged, moved: list[TensorProto], weights: WeightStore) -> None:
     """Write the data file, and let the tensors name it."""
     temporary = files.beside(staged.target)
     digest = hashlib.sha256()
-    known: dict[Place, tuple[int, int]] = {}
+    known: dict[tuple[str, int, int], tuple[int, int]] = {}
     spots: list[tuple[int, int]] = []
     try:
         with _create(temporary) as file:
             for tensor in moved:
                 where = place(tensor)
-                spot = known.get(where) if where is not None else None
-                if spot is None:
-                    spot = _append(file, digest, tensor, weights)
-                    if where is not None:
-                        known[where] = spot  # tied payloads stay one
-                spots.append(spot)
+                if where is None:
+                    spots.append(_append(file, digest, tensor, weights))
+                    continue
+                tied = (where.location, where.offset, tensor_bytes(tensor))
+                if tied not in known:  # payloads at one place stay one
+                    known[tied] = _append(file, digest, tensor, weights)
+                spots.append(known[tied])
             _sync(file)
             size = file.tell()
             name = f"{staged.target.stem}-{digest.hexdigest()[:12]}.data"
@@ -201,9 +197,8 @@ def _write_data(staged: Staged, moved: list[TensorProto], weights: WeightStore) 
     finally:
         temporary.unlink(missing_ok=True)
     for tensor, (offset, length) in zip(moved, spots, strict=True):
-        for field in ("float_data", "int32_data", "int64_data", "double_data"):
+        for field in TYPED_FIELDS:
             tensor.ClearField(field)
-        tensor.ClearField("uint64_data")
         set_place(tensor, Place(name, offset, length))
     staged.digest = Digest("", digest.hexdigest())
     staged.bytes = Pair(0, size)
@@ -226,9 +221,9 @@ def _append(
 
 def _inline_inner(shell: ModelProto, weights: WeightStore) -> None:
     """Inline what the streaming writer does not reach: tensors in inner scopes."""
-    outer = {id(tensor) for tensor in shell.graph.initializer}
-    for tensor in tensors(shell):
-        if id(tensor) not in outer and _is_internal(tensor):
+    outer = len(shell.graph.initializer)  # `tensors` gives these first
+    for tensor in itertools.islice(tensors(shell), outer, None):
+        if _is_internal(tensor):
             _inline(tensor, weights)
 
 
@@ -311,9 +306,9 @@ def _own_data_files(target: Path) -> list[Path]:
     try:
         with open(target, "rb") as file:
             size = file.seek(0, os.SEEK_END)
-            proto = ModelProto.FromString(wire.skeleton(file, size, "\0source"))
+            proto = ModelProto.FromString(wire.skeleton(file, size, SOURCE))
             places = [place(tensor) for tensor in tensors(proto)]
-    except (OSError, ValueError, InvalidModelError):
+    except (OSError, ValueError, DecodeError):
         return []  # whatever stands there is replaced; its data is not ours to judge
     names = {where.location for where in places if where is not None}
     return [target.with_name(name) for name in sorted(names) if pattern.fullmatch(name)]

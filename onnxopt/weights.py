@@ -12,17 +12,28 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 import stat
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from onnx import TensorProto, helper, numpy_helper
+from google.protobuf.message import Message
+from onnx import (
+    AttributeProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    helper,
+    numpy_helper,
+)
 
+from onnxopt import wire
 from onnxopt.errors import InvalidModelError, UsageError
 
 Array = npt.NDArray[Any]
@@ -31,16 +42,19 @@ CHUNK = 4 << 20
 SPILL_FROM = 1 << 20
 """Weights that a pass wrote leave memory from this size on (bytes)."""
 
-_PACKED_BITS = {
-    TensorProto.INT4: 4,
-    TensorProto.UINT4: 4,
-    TensorProto.FLOAT4E2M1: 4,
-    **{
-        value: 2
-        for name, value in TensorProto.DataType.items()
-        if name in ("INT2", "UINT2")
-    },
+SOURCE = f"\0source-{secrets.token_hex(8)}"
+SPILL = f"\0spill-{secrets.token_hex(8)}"
+"""Locations of ours: the model file itself, the spill file. No model can name them."""
+
+_BITS = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4}
+_BITS |= {"FLOAT6E2M3": 6, "FLOAT6E3M2": 6}
+PACKED_BITS = {
+    value: _BITS[name] for name, value in TensorProto.DataType.items() if name in _BITS
 }
+"""Types whose raw form packs several elements into a byte, with the bits of one."""
+
+TYPED_FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
+PAYLOAD_FIELDS = ("raw_data", *TYPED_FIELDS, "external_data", "data_location")
 
 
 class Place(NamedTuple):
@@ -66,12 +80,14 @@ def place(tensor: TensorProto) -> Place | None:
         raise InvalidModelError(
             f"tensor {tensor.name!r}: offset or length of its external data is no number"
         ) from None
-    if not entries.get("location") or offset < 0 or (length is not None and length < 0):
+    location = entries.get("location")
+    usable = isinstance(location, str) and location  # bytes where it is not UTF-8
+    if not usable or offset < 0 or (length is not None and length < 0):
         raise InvalidModelError(
             f"tensor {tensor.name!r}: its external data has no valid location, "
             "offset and length"
         )
-    return Place(entries["location"], offset, length)
+    return Place(str(location), offset, length)
 
 
 def elements(tensor: TensorProto) -> int:
@@ -83,7 +99,7 @@ def payload_bytes(data_type: int, count: int) -> int:
     """Bytes of `count` elements of an ONNX dtype in raw form; 0 for strings."""
     if data_type == TensorProto.STRING:
         return 0
-    bits = _PACKED_BITS.get(data_type)
+    bits = PACKED_BITS.get(data_type)
     if bits is not None:
         return (count * bits + 7) // 8
     return count * helper.tensor_dtype_to_np_dtype(data_type).itemsize
@@ -94,6 +110,45 @@ def tensor_bytes(tensor: TensorProto) -> int:
     if tensor.data_type == TensorProto.STRING:
         return sum(len(item) for item in tensor.string_data)
     return payload_bytes(tensor.data_type, elements(tensor))
+
+
+def tensors(proto: ModelProto) -> Iterator[TensorProto]:
+    """Every tensor that can lie outside, initializers of the main graph first."""
+    yield from _graph_tensors(proto.graph)
+    for function in proto.functions:
+        yield from _attribute_tensors(function.attribute_proto)
+        yield from _node_tensors(function.node)
+    for info in proto.training_info:
+        yield from _graph_tensors(info.initialization)
+        yield from _graph_tensors(info.algorithm)
+
+
+def _graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _node_tensors(graph.node)
+
+
+def _node_tensors(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
+    for node in nodes:
+        if node.attribute:
+            yield from _attribute_tensors(node.attribute)
+
+
+def _attribute_tensors(attributes: Iterable[AttributeProto]) -> Iterator[TensorProto]:
+    for attribute in attributes:
+        if attribute.HasField("t"):
+            yield attribute.t
+        elif attribute.HasField("sparse_tensor"):
+            yield from (attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
+        elif attribute.HasField("g"):
+            yield from _graph_tensors(attribute.g)
+        yield from attribute.tensors
+        for sparse in attribute.sparse_tensors:
+            yield from (sparse.values, sparse.indices)
+        for graph in attribute.graphs:
+            yield from _graph_tensors(graph)
 
 
 def set_place(tensor: TensorProto, where: Place) -> None:
@@ -118,6 +173,10 @@ class _Source:
     def _state(self) -> tuple[int, int]:
         status = os.fstat(self.file.fileno())
         return status.st_size, status.st_mtime_ns
+
+    def size(self) -> int:
+        """The file's size now: a spill file grows."""
+        return os.fstat(self.file.fileno()).st_size
 
     def read(self, offset: int, length: int) -> bytes:
         self.file.seek(offset)
@@ -159,7 +218,7 @@ class WeightStore:
     def check_unchanged(self) -> None:
         """Raise UsageError where a file has changed since it was opened."""
         for location, source in self._sources.items():
-            if location != _SPILL:
+            if location != SPILL:
                 source.check_unchanged()
 
     def read(self, tensor: TensorProto) -> bytes:
@@ -185,9 +244,11 @@ class WeightStore:
         Shape: `tensor.dims`. Strings come as an object array of str or bytes.
         """
         where = place(tensor)
+        if tensor.data_type == TensorProto.STRING:
+            return _strings(tensor)
         if where is None:
             return numpy_helper.to_array(tensor)
-        if tensor.data_type in _PACKED_BITS:
+        if tensor.data_type in PACKED_BITS:
             return numpy_helper.to_array(self.inline(tensor))
         dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
         data = self._open(tensor, where).read(where.offset, tensor_bytes(tensor))
@@ -203,21 +264,31 @@ class WeightStore:
 
     def tensor(self, array: Array, name: str) -> TensorProto:
         """A new initializer that holds `array`; a large one lies in the spill file."""
+        array = np.asarray(array, order="C")  # ascontiguousarray makes scalars [1]
+        if array.dtype.byteorder == ">":
+            array = array.astype(array.dtype.newbyteorder("<"))
+        tensor = numpy_helper.from_array(array, name)
         if array.dtype == object or array.nbytes < SPILL_FROM:
-            return numpy_helper.from_array(np.ascontiguousarray(array), name)
-        return self.spill(numpy_helper.from_array(np.ascontiguousarray(array), name))
+            return tensor
+        return self.spill(tensor)
 
     def spill(self, tensor: TensorProto) -> TensorProto:
         """A tensor equal to the inline `tensor` whose payload lies in the spill file."""
         payload = tensor.raw_data
         if self._spill is None:
             self._spill = tempfile.TemporaryFile(prefix="onnxopt-")  # noqa: SIM115
-            self.add_source(_SPILL, self._spill, "the spill file")
-        self._spill.seek(self._spill_end)
-        self._spill.write(payload)
-        self._spill.flush()
-        slim = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-        set_place(slim, Place(_SPILL, self._spill_end, len(payload)))
+            self.add_source(SPILL, self._spill, "the spill file")
+        try:
+            self._spill.seek(self._spill_end)
+            self._spill.write(payload)
+            self._spill.flush()
+        except OSError as error:
+            raise UsageError(
+                f"cannot keep weights in {tempfile.gettempdir()}: {error.strerror}"
+            ) from None
+        slim = TensorProto()
+        copy_fields(tensor, slim, without=PAYLOAD_FIELDS)
+        set_place(slim, Place(SPILL, self._spill_end, len(payload)))
         self._spill_end += len(payload)
         return slim
 
@@ -227,7 +298,7 @@ class WeightStore:
         if where is None:
             return
         source = self._open(tensor, where)
-        size, wanted = source.state[0], tensor_bytes(tensor)
+        size, wanted = source.size(), tensor_bytes(tensor)
         if where.length is not None and where.length != wanted:
             raise InvalidModelError(
                 f"tensor {tensor.name!r}: its external data has {where.length} bytes, "
@@ -274,7 +345,37 @@ class WeightStore:
         )
 
 
-_SPILL = "\0spill"
+def copy_fields(source: Message, target: Message, without: Collection[str] = ()) -> None:
+    """Merge `source` into the empty `target`, fields that onnx does not know included.
+
+    `without` names fields that are never touched, however large they are.
+    """
+    for name in source.DESCRIPTOR.fields_by_name:
+        if name in without:
+            continue
+        value = getattr(source, name)
+        if hasattr(value, "extend"):
+            getattr(target, name).extend(value)
+        elif not source.HasField(name):
+            continue
+        elif hasattr(value, "CopyFrom"):
+            getattr(target, name).CopyFrom(value)
+        else:
+            setattr(target, name, value)
+    target.MergeFromString(wire.unknown_fields(source))
+
+
+def _strings(tensor: TensorProto) -> Array:
+    """String data as it is: str where it is UTF-8, bytes where not."""
+    if place(tensor) is not None:
+        raise InvalidModelError(f"tensor {tensor.name!r}: strings cannot lie outside")
+    array = np.empty(len(tensor.string_data), dtype=object)
+    for index, item in enumerate(tensor.string_data):
+        try:
+            array[index] = item.decode()
+        except UnicodeDecodeError:
+            array[index] = item
+    return array.reshape(tuple(tensor.dims))
 
 
 def _raw(tensor: TensorProto) -> bytes:
@@ -293,6 +394,8 @@ def _unsafe(path: Path, base: Path, model_path: Path | None) -> str | None:
         status = real.stat()
     except OSError as error:
         return f"{error.strerror} (looked for {path})"
+    except RuntimeError:
+        return f"its links go in a circle (looked for {path})"
     roots = [base.resolve()]
     if model_path is not None:
         roots.append(model_path.resolve().parent)

@@ -12,8 +12,10 @@ the field numbers of onnx.proto.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
 from onnx import StringStringEntryProto, TensorProto
 
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
@@ -22,6 +24,7 @@ GRAPH_INITIALIZER = 5
 TENSOR_RAW_DATA = 9
 TENSOR_EXTERNAL_DATA = 13
 TENSOR_DATA_LOCATION = 14
+_PAYLOAD_ELSEWHERE = (TENSOR_RAW_DATA, TENSOR_EXTERNAL_DATA, TENSOR_DATA_LOCATION)
 MIN_PAYLOAD = 4096
 """Smaller payloads stay inline: shape inference wants them, and they cost nothing."""
 
@@ -108,6 +111,25 @@ def external_entries(location: str, offset: int, length: int) -> bytes:
     return bytes(out)
 
 
+def unknown_fields(message: Message) -> bytes:
+    """The top-level fields of a parsed message that its class does not know."""
+    return b"".join(map(_unknown, UnknownFieldSet(message)))
+
+
+def _unknown(field: Any) -> bytes:
+    tag = varint(field.field_number << 3 | field.wire_type)
+    match field.wire_type:
+        case 0:
+            return tag + varint(field.data)
+        case 1:
+            return tag + int(field.data).to_bytes(8, "little")
+        case 2:
+            return tag + varint(len(field.data)) + bytes(field.data)
+        case 5:
+            return tag + int(field.data).to_bytes(4, "little")
+    return b""  # a group: nothing writes them any more
+
+
 def _read(file: BinaryIO, start: int, end: int) -> bytes:
     file.seek(start)
     data = file.read(end - start)
@@ -123,7 +145,7 @@ def _slim_initializer(file: BinaryIO, field: Field, location: str) -> bytes | No
     for inner in fields(file, field.value, field.end):
         if inner.number == TENSOR_RAW_DATA and payload is None:
             payload = inner
-        elif inner.number in (TENSOR_RAW_DATA, TENSOR_DATA_LOCATION):
+        elif inner.number in _PAYLOAD_ELSEWHERE:
             return None  # twice, or external besides: let the parser decide
         elif inner.end - inner.start > MIN_PAYLOAD:
             return None
