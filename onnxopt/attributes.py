@@ -27,9 +27,9 @@ def get(node: NodeProto, name: str, default: Any = None) -> Any:
         return default
     value = helper.get_attribute_value(attribute)
     if isinstance(value, bytes):
-        return value.decode()
+        return value.decode(errors="surrogateescape")
     if attribute.type == AttributeProto.STRINGS:
-        return [item.decode() for item in value]
+        return [item.decode(errors="surrogateescape") for item in value]
     return list(value) if hasattr(value, "extend") else value
 
 

@@ -87,8 +87,11 @@ def _check_versions(proto: ModelProto) -> None:
 def _check_functions(proto: ModelProto) -> None:
     """No two functions share a name, and none calls itself."""
     functions: dict[tuple[str, str, str], FunctionProto] = {}
+    _check_text((entry.domain for entry in proto.opset_import), "opset imports")
     for function in proto.functions:
         key = (function.domain, function.name, function.overload)
+        where = f"function {key[0]}::{key[1]}"
+        _check_text((*key, *function.input, *function.output, *function.attribute), where)
         if key in functions:
             raise InvalidModelError(f"function {key[0]}::{key[1]} is defined twice")
         functions[key] = function
@@ -123,7 +126,17 @@ def _all_nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
             yield from _all_nodes(inner.node)
 
 
+def _check_text(names: Iterable[object], where: str) -> None:
+    """Protobuf hands out as bytes what is not UTF-8; no name may be so."""
+    for name in names:
+        if not isinstance(name, str):
+            raise InvalidModelError(f"{where}: the name {name!r} is not UTF-8")
+
+
 def _check_graph(graph: GraphProto) -> None:
+    values = (*graph.input, *graph.output, *graph.value_info)
+    _check_text((value.name for value in values), f"graph {graph.name!r}")
+    _check_text((tensor.name for tensor in graph.initializer), f"graph {graph.name!r}")
     for names, what in (
         ([value.name for value in graph.input], "input"),
         ([tensor.name for tensor in graph.initializer], "initializer"),
@@ -189,6 +202,8 @@ def _check_node(
     node: NodeProto, versions: dict[str, int], calls: set[tuple[str, str]]
 ) -> None:
     label = node.name or next(iter(node.output), "")
+    names = (node.name, node.op_type, node.domain, *node.input, *node.output)
+    _check_text(names, f"node {label!r}")
     if not node.op_type:
         raise InvalidModelError(f"node {label!r} has no operator type")
     if not node.attribute:
@@ -199,6 +214,7 @@ def _check_node(
     seen: set[str] = set()
     for attribute in node.attribute:
         where = f"node {label!r} ({node.op_type}): attribute {attribute.name!r}"
+        _check_text((attribute.name, attribute.ref_attr_name), where)
         if not attribute.name or attribute.name in seen:
             raise InvalidModelError(f"{where} has no name or is there twice")
         seen.add(attribute.name)

@@ -397,6 +397,7 @@ def test_small_arrays_stay_in_memory() -> None:
 
 
 def test_a_full_disk_is_reported(monkeypatch: Any) -> None:
-    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: open("/dev/full", "w+b"))
-    with pytest.raises(UsageError, match="cannot keep weights in .*No space left"):
+    full = open("/dev/full", "w+b")  # noqa: SIM115 - the store closes it
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: full)
+    with pytest.raises(UsageError, match=r"cannot keep weights in .*No space left"):
         WeightStore().tensor(np.zeros(SPILL_FROM, np.uint8), "w")
