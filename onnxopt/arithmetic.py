@@ -7,6 +7,7 @@ is exact and the same everywhere are here; the rest is ONNX Runtime's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,7 +53,7 @@ def evaluate(node: NodeProto, inputs: Inputs, opset: int) -> Array | None:
     try:
         with np.errstate(all="ignore"):
             result = np.asarray(rule(node, inputs, opset))
-    except (Unsupported, ValueError, IndexError, TypeError):
+    except (Unsupported, ValueError, IndexError, TypeError, AttributeError):
         return None  # ill-formed for NumPy: whoever runs the model will say why
     return result if result.size <= MAX_ELEMENTS else None
 
@@ -86,14 +87,24 @@ def _div(node: NodeProto, inputs: Any, opset: int) -> Array:
     left, right = inputs
     if left.dtype.kind == "f":
         return np.asarray(left / right)
-    _require(bool(np.all(right != 0)) and left.dtype == right.dtype)
-    quotient = np.abs(left) // np.abs(right)  # integers divide towards zero
-    return np.asarray(np.where((left < 0) != (right < 0), -quotient, quotient))
+    _require_divisible(left, right)
+    quotient = left // right  # rounds down, while the operator rounds towards zero
+    is_below = (left % right != 0) & ((left < 0) != (right < 0))
+    return np.asarray(quotient + is_below.astype(left.dtype))
+
+
+def _require_divisible(left: Array, right: Array) -> None:
+    """No division that the processor traps: by zero, or of the least integer by -1."""
+    _require(left.dtype == right.dtype and bool(np.all(right != 0)))
+    if left.dtype.kind == "i":
+        overflows = (left == np.iinfo(left.dtype).min) & (right == -1)
+        _require(not bool(np.any(overflows)))
 
 
 def _mod(node: NodeProto, inputs: Any, opset: int) -> Array:
     left, right = inputs
-    _require(left.dtype.kind in "iu" and bool(np.all(right != 0)))
+    _require(left.dtype.kind in "iu")
+    _require_divisible(left, right)
     modulo = np.fmod if attributes.get(node, "fmod", 0) else np.mod
     return np.asarray(modulo(left, right))
 
@@ -115,7 +126,7 @@ def _cast(node: NodeProto, inputs: Any, opset: int) -> Array:
     array, dtype = inputs[0], helper.tensor_dtype_to_np_dtype(kind)
     if array.dtype.kind == "f" and dtype.kind in "iu":
         limits = np.iinfo(dtype)
-        inside = np.isfinite(array) & (array > limits.min) & (array < limits.max)
+        inside = np.isfinite(array) & (array >= limits.min) & (array < limits.max)
         _require(bool(np.all(inside)))  # outside, the result is the processor's
     return np.asarray(array.astype(dtype))
 
@@ -138,7 +149,9 @@ def _axes(node: NodeProto, inputs: Any, slot: int = 1) -> tuple[int, ...] | None
 
 
 def _squeeze(node: NodeProto, inputs: Any, opset: int) -> Array:
-    return np.asarray(np.squeeze(inputs[0], axis=_axes(node, inputs)))
+    axes = _axes(node, inputs)
+    _require(axes != ())  # does an empty list mean none of the axes, or all?
+    return np.asarray(np.squeeze(inputs[0], axis=axes))
 
 
 def _unsqueeze(node: NodeProto, inputs: Any, opset: int) -> Array:
@@ -159,9 +172,12 @@ def _slice(node: NodeProto, inputs: Any, opset: int) -> Array:
     steps = [1] * len(starts) if steps is None else steps
     index: list[slice] = [slice(None)] * array.ndim
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        _require(step > 0 or end >= -array.shape[axis] - 1)
-        if step < 0 and end < -array.shape[axis]:
-            end = None
+        # as the end of a step backwards, the largest integer means different things
+        _require(step > 0 or -array.shape[axis] - 1 <= end < 2**31 - 1)
+        if step < 0:
+            # what is before the first element counts as the first, as a start
+            start = max(start, -array.shape[axis])
+            end = None if end < -array.shape[axis] else end
         index[axis] = slice(start, end, step)
     return np.asarray(array[tuple(index)])
 
@@ -218,12 +234,21 @@ def _reduce(function: Callable[..., Any]) -> Rule:
     def rule(node: NodeProto, inputs: Any, opset: int) -> Array:
         array, axes = inputs[0], _axes(node, inputs)
         _require(array.dtype.kind in "iu")  # sums of floats depend on their order
-        if axes is None and attributes.get(node, "noop_with_empty_axes", 0):
+        if not axes and attributes.get(node, "noop_with_empty_axes", 0):
             return np.asarray(array)
         keep = bool(attributes.get(node, "keepdims", 1))
-        return np.asarray(function(array, axis=axes, keepdims=keep)).astype(array.dtype)
+        _require_no_overflow(node.op_type, array)
+        result = np.asarray(function(array, axis=axes or None, keepdims=keep))
+        return result.astype(array.dtype)
 
     return rule
+
+
+def _require_no_overflow(op_type: str, array: Array) -> None:
+    """ONNX Runtime's sums and products of integers saturate; the table's would wrap."""
+    sizes = [abs(int(item)) for item in array.flat]
+    most = {"ReduceSum": sum(sizes), "ReduceProd": math.prod(item or 1 for item in sizes)}
+    _require(most.get(op_type, 0) <= np.iinfo(array.dtype).max)
 
 
 def _extreme(function: Callable[..., Any]) -> Rule:

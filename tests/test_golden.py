@@ -99,7 +99,7 @@ def _cases(path: Path) -> Iterator[Case]:
             path,
             name,
             kind == "fires",
-            {key: value for key, value in pairs},
+            dict(pairs),
             source[:start],
             source[start:].strip(),
             expected.strip(),
