@@ -319,7 +319,12 @@ class Floor:
             allowed = bound * part.scale + _tiny(difference.dtype)
             # Nothing is expected of digits that the whole tensor's scale does not have.
             allowed = np.maximum(allowed, _epsilon(difference.dtype) * difference.scale)
-            allowed = np.maximum(allowed, _slice_noise(part, sample, spread))
+            if spread is not None:
+                own = spread.slices(sample.key, part.axis)
+                if own is None or own.shape != part.error.shape:
+                    continue  # not measured on this feed: the whole was judged
+                whole = self._tolerance(sample, spread)
+                allowed = np.maximum(allowed, _slice_noise(part, own, whole))
             if reason := _worst_slice(part, allowed, sample):
                 return reason
         return None
@@ -364,16 +369,17 @@ class Floor:
         return max(bounds, default=None)
 
 
-def _slice_noise(part: Slices, sample: Sample, spread: Spread | None) -> np.ndarray:
-    """What rounding explains in each slice.
+def _slice_noise(part: Slices, own: np.ndarray, whole: float) -> np.ndarray:
+    """What rounding explains in each slice, from how far each one moved.
 
-    A slice that never moved was zero or saturated by chance: all that is known of its
-    noise is that of the whole.
+    A few runs leave some slice still by luck, so each is granted the typical relative
+    noise of its neighbours; one that never moved, being zero or saturated, is granted
+    that of the whole.
     """
-    own = spread.slices(sample.key, part.axis) if spread else None
-    if spread is None or own is None or own.shape != part.error.shape:
-        return np.zeros_like(part.error)
-    return np.where(own > 0, FACTOR * own, spread.largest(sample.key))
+    moving = (own > 0) & (part.scale > 0)
+    typical = np.median(own[moving] / part.scale[moving]) if moving.any() else 0.0
+    expected = np.maximum(own, typical * part.scale)
+    return np.where(own > 0, FACTOR * expected, whole)
 
 
 def _worst_slice(part: Slices, allowed: np.ndarray, sample: Sample) -> str | None:

@@ -26,7 +26,7 @@ log = logging.getLogger("onnxopt.validate")
 # are moved by 3e-5 of their value, far less than a code, and by 5e-4 if nothing flips.
 _ULPS = (1,)
 _ULPS_QUANTIZED = (256, 4096)
-_SEEDS = (1, 2)
+_SEEDS = (1, 2, 3)
 
 
 class MovedModels:
