@@ -37,6 +37,7 @@ from onnxopt import wire
 from onnxopt.errors import InvalidModelError, UsageError
 
 Array = npt.NDArray[Any]
+Buffer = bytes | memoryview
 
 CHUNK = 4 << 20
 SPILL_FROM = 1 << 20
@@ -204,7 +205,6 @@ class WeightStore:
         self.model_path = model_path
         self._sources: dict[str, _Source] = {}
         self._spill: BinaryIO | None = None
-        self._spill_end = 0
         self._finalizer = weakref.finalize(self, _close_all, self._sources)
 
     def add_source(self, location: str, file: BinaryIO, label: str) -> None:
@@ -267,30 +267,36 @@ class WeightStore:
         array = np.asarray(array, order="C")  # ascontiguousarray makes scalars [1]
         if array.dtype.byteorder == ">":
             array = array.astype(array.dtype.newbyteorder("<"))
-        tensor = numpy_helper.from_array(array, name)
         if array.dtype == object or array.nbytes < SPILL_FROM:
-            return tensor
-        return self.spill(tensor)
+            return numpy_helper.from_array(array, name)
+        kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+        if kind in PACKED_BITS:
+            return self.spill(numpy_helper.from_array(array, name))
+        slim = TensorProto(name=name, data_type=kind, dims=array.shape)
+        set_place(slim, self._spilled(memoryview(array.reshape(-1).view(np.uint8))))
+        return slim
 
     def spill(self, tensor: TensorProto) -> TensorProto:
         """A tensor equal to the inline `tensor` whose payload lies in the spill file."""
-        payload = tensor.raw_data
+        slim = TensorProto()
+        copy_fields(tensor, slim, without=PAYLOAD_FIELDS)
+        set_place(slim, self._spilled(tensor.raw_data))
+        return slim
+
+    def _spilled(self, payload: Buffer) -> Place:
+        """Where `payload` lies now in the spill file."""
         if self._spill is None:
             self._spill = tempfile.TemporaryFile(prefix="onnxopt-")  # noqa: SIM115
             self.add_source(SPILL, self._spill, "the spill file")
         try:
-            self._spill.seek(self._spill_end)
+            start = self._spill.seek(0, os.SEEK_END)
             self._spill.write(payload)
             self._spill.flush()
+            return Place(SPILL, start, self._spill.tell() - start)
         except OSError as error:
             raise UsageError(
                 f"cannot keep weights in {tempfile.gettempdir()}: {error.strerror}"
             ) from None
-        slim = TensorProto()
-        copy_fields(tensor, slim, without=PAYLOAD_FIELDS)
-        set_place(slim, Place(SPILL, self._spill_end, len(payload)))
-        self._spill_end += len(payload)
-        return slim
 
     def check(self, tensor: TensorProto) -> None:
         """Raise InvalidModelError where the payload of an outside tensor is not there."""

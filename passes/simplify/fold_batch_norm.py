@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
 from onnxopt.manager import Context, Pass
 from onnxopt.report import Guarantee
+from onnxopt.weights import Array
 
 Floats = npt.NDArray[np.float64]
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
@@ -63,6 +64,10 @@ def _folded(graph: GraphView, norm: NodeProto) -> Edit:
     fold = _LAYERS.get(graph.op(layer)) if layer is not None else None
     if layer is None or fold is None:
         raise _DeclinedError("no linear layer stands before it")
+    if attributes.has_references(layer):
+        raise _DeclinedError("the layer before it differs from call to call")
+    if layer.op_type in ("Gemm", "MatMul") and graph.opset() < 7:
+        raise _DeclinedError("Gemm broadcasts by attribute before opset 7")
     if graph.only_use(norm.input[0]) is None:
         raise _DeclinedError("the layer before it has other readers")
     factor, shift = _scale_and_shift(graph, norm)
@@ -77,19 +82,33 @@ def _check_inference(graph: GraphView, norm: NodeProto) -> None:
         raise _DeclinedError("its statistics are read")
     if attributes.get(norm, "training_mode", 0):
         raise _DeclinedError("it runs in training mode")
+    if graph.opset() < 14 and any(norm.output[1:]):
+        raise _DeclinedError("it runs in training mode")  # its outputs say so
     if graph.opset() < 7 and not attributes.get(norm, "is_test", 0):
         raise _DeclinedError("it runs in training mode")
     if graph.opset() < 9 and not attributes.get(norm, "spatial", 1):
         raise _DeclinedError("its parameters are per element (spatial=0)")
 
 
-def _constant(graph: GraphView, name: str) -> Floats:
+def _weight(graph: GraphView, name: str) -> Array:
     array = graph.array(name)
     if array is None:
         raise _DeclinedError(f"{name!r} is not a constant")
     if str(array.dtype) not in _FLOATS:
         raise _DeclinedError(f"{name!r} is of type {array.dtype}")
-    return np.asarray(array).astype(np.float64)
+    return array
+
+
+def _constant(graph: GraphView, name: str) -> Floats:
+    return _weight(graph, name).astype(np.float64)
+
+
+def _scaled(weight: Array, factor: Floats) -> Array:
+    """weight * factor in float64, rounded once; few elements at a time are that wide."""
+    made = np.empty_like(weight)
+    with np.errstate(all="ignore"):
+        np.multiply(weight, factor, out=made, dtype=np.float64, casting="unsafe")
+    return made
 
 
 def _scale_and_shift(graph: GraphView, norm: NodeProto) -> tuple[Floats, Floats]:
@@ -105,13 +124,11 @@ def _scale_and_shift(graph: GraphView, norm: NodeProto) -> tuple[Floats, Floats]
 
 
 def _set_constant(
-    graph: GraphView, edit: Edit, layer: NodeProto, slot: int, value: Floats, like: Any
+    graph: GraphView, edit: Edit, layer: NodeProto, slot: int, array: Array
 ) -> None:
     """Give input `slot` of the layer a new value, under its old name if it can."""
-    with np.errstate(over="ignore"):
-        array = value.astype(like)
-    if not np.isfinite(array.astype(np.float64)).all():
-        raise _DeclinedError(f"a folded weight does not fit into {np.dtype(like)}")
+    if not np.isfinite(array).all():
+        raise _DeclinedError(f"a folded weight does not fit into {array.dtype}")
     name = layer.input[slot] if slot < len(layer.input) else ""
     if name and graph.only_use_everywhere(name) is not None:
         edit.set_weight(name, array)
@@ -129,9 +146,9 @@ def _bias(graph: GraphView, layer: NodeProto, channels: int) -> Floats:
 def _fold_conv(
     graph: GraphView, edit: Edit, conv: NodeProto, factor: Floats, shift: Floats
 ) -> None:
-    weight = _constant(graph, conv.input[1])
+    weight = _weight(graph, conv.input[1])
     _check_channels(weight.shape[0], factor)
-    scaled = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
+    scaled = _scaled(weight, factor.reshape(-1, *[1] * (weight.ndim - 1)))
     _write(graph, edit, conv, scaled, _bias(graph, conv, len(factor)) * factor + shift)
 
 
@@ -139,10 +156,10 @@ def _fold_conv_transpose(
     graph: GraphView, edit: Edit, conv: NodeProto, factor: Floats, shift: Floats
 ) -> None:
     """The weight is [in, out / group, ...]; out channels run group by group."""
-    weight, group = _constant(graph, conv.input[1]), attributes.get(conv, "group", 1)
+    weight, group = _weight(graph, conv.input[1]), attributes.get(conv, "group", 1)
     _check_channels(weight.shape[1] * group, factor)
     grouped = weight.reshape(group, weight.shape[0] // group, *weight.shape[1:])
-    scaled = grouped * factor.reshape(group, 1, -1, *[1] * (weight.ndim - 2))
+    scaled = _scaled(grouped, factor.reshape(group, 1, -1, *[1] * (weight.ndim - 2)))
     bias = _bias(graph, conv, len(factor)) * factor + shift
     _write(graph, edit, conv, scaled.reshape(weight.shape), bias)
 
@@ -150,14 +167,15 @@ def _fold_conv_transpose(
 def _fold_gemm(
     graph: GraphView, edit: Edit, gemm: NodeProto, factor: Floats, shift: Floats
 ) -> None:
-    weight = _constant(graph, gemm.input[1])
+    weight = _weight(graph, gemm.input[1])
     transposed = attributes.get(gemm, "transB", 0)
     _check_channels(weight.shape[0 if transposed else 1], factor)
     bias = _bias(graph, gemm, len(factor)) * float(attributes.get(gemm, "beta", 1.0))
     if bias.size not in (1, len(factor)) or (bias.ndim and bias.shape[-1] != bias.size):
         raise _DeclinedError("the bias of the Gemm is not one per channel")
     bias = np.broadcast_to(bias.reshape(-1), factor.shape) * factor + shift
-    _write(graph, edit, gemm, weight * (factor[:, None] if transposed else factor), bias)
+    scaled = _scaled(weight, factor[:, None] if transposed else factor)
+    _write(graph, edit, gemm, scaled, bias)
     edit.set_attribute(gemm, "beta", None)
 
 
@@ -165,12 +183,12 @@ def _fold_matmul(
     graph: GraphView, edit: Edit, product: NodeProto, factor: Floats, shift: Floats
 ) -> None:
     shape = graph.shape(product.input[0])
-    weight = _constant(graph, product.input[1])
+    weight = _weight(graph, product.input[1])
     if shape is None or len(shape) != 2 or weight.ndim != 2:
         raise _DeclinedError("the MatMul before it is not of rank 2")
     _check_channels(weight.shape[1], factor)
     edit.set_op_type(product, "Gemm")
-    _write(graph, edit, product, weight * factor, shift)
+    _write(graph, edit, product, _scaled(weight, factor), shift)
 
 
 def _check_channels(channels: int, factor: Floats) -> None:
@@ -179,11 +197,11 @@ def _check_channels(channels: int, factor: Floats) -> None:
 
 
 def _write(
-    graph: GraphView, edit: Edit, layer: NodeProto, weight: Floats, bias: Floats
+    graph: GraphView, edit: Edit, layer: NodeProto, weight: Array, bias: Floats
 ) -> None:
-    like = np.asarray(graph.array(layer.input[1])).dtype
-    _set_constant(graph, edit, layer, 1, weight, like)
-    _set_constant(graph, edit, layer, 2, bias, like)
+    _set_constant(graph, edit, layer, 1, weight)
+    with np.errstate(over="ignore"):
+        _set_constant(graph, edit, layer, 2, bias.astype(weight.dtype))
 
 
 _LAYERS: dict[str, Callable[[GraphView, Edit, NodeProto, Floats, Floats], None]] = {
