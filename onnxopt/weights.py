@@ -273,7 +273,7 @@ class WeightStore:
         if kind in PACKED_BITS:
             return self.spill(numpy_helper.from_array(array, name))
         slim = TensorProto(name=name, data_type=kind, dims=array.shape)
-        set_place(slim, self._spilled(memoryview(array.reshape(-1).view(np.uint8))))
+        set_place(slim, self._spilled(array.reshape(-1).view(np.uint8).data))
         return slim
 
     def spill(self, tensor: TensorProto) -> TensorProto:
