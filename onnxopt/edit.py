@@ -197,6 +197,7 @@ class _Journal:
         self.undo: list[Callable[[], object]] = []
         self.touched: list[tuple[GraphView, NodeProto]] = []
         self.freed: list[tuple[GraphView, str]] = []
+        self.relieved: list[tuple[GraphView, str]] = []
         self.undefined: list[tuple[GraphView, str]] = []
         self.bytes = 0
         self.nodes = 0
@@ -207,6 +208,10 @@ class _Journal:
 
     def publish(self) -> None:
         """Tell the views' change logs."""
+        for home, name in self.relieved:
+            uses = home.uses(name)
+            if len(uses) == 1:  # rules that need a sole reader may apply to it now
+                self.touched.append((uses[0].view, uses[0].node))
         for view, node in self._touched_outwards():
             view.changes.append(node)
 
@@ -234,7 +239,9 @@ class _Journal:
         children = view._children.get(id(node), [])
         self._detach(view, node)
         self.undo.append(lambda: self._attach(view, node, rank, children))
-        self.freed += [(home, name) for home, name in _reads(view, node, children)]
+        lost = _reads(view, node, children)
+        self.freed += lost
+        self.relieved += lost
         self.undefined += [(view, name) for name in node.output if name]
 
     def _attach(
@@ -288,6 +295,7 @@ class _Journal:
             view._drop_use(node, index, old)
             if home is not None:
                 self.freed.append((home, old))
+                self.relieved.append((home, old))
         node.input.extend([""] * (index + 1 - length))
         node.input[index] = name
         if name:
@@ -427,24 +435,33 @@ class _Journal:
         home = view.home(name)
         assert home is not None
         maker = home.producer(name)
-        if maker is not None and constant_value(maker) is not None:
+        if maker is not None and (old := constant_value(maker)) is not None:
             value = TensorProto.FromString(tensor.SerializeToString())
             for attribute in list(maker.attribute):
                 self.set_attribute(home, maker, attribute.name, None)
             self.set_attribute(home, maker, "value", value)
         else:
             kept = home._weights[name]
-            before = TensorProto.FromString(kept.SerializeToString())
+            old = TensorProto.FromString(kept.SerializeToString())
             self.bytes += tensor_bytes(tensor) - tensor_bytes(kept)
             _set_payload(kept, tensor)
-            self.undo.append(lambda: kept.CopyFrom(before))
+            self.undo.append(lambda: kept.CopyFrom(old))
+        if (old.data_type, *old.dims) != (tensor.data_type, *tensor.dims):
+            self._declare(home, name, tensor.data_type, tensor.dims)
         self.touched += [(use.view, use.node) for use in home.uses(name)]
 
     def set_shape(
         self, view: GraphView, name: str, elem_type: int, dims: Sequence[int | str | None]
     ) -> None:
-        for value in view.proto.value_info:
-            if value.name == name:
+        self._declare(view, name, elem_type, dims)
+
+    def _declare(
+        self, view: GraphView, name: str, elem_type: int, dims: Sequence[int | str | None]
+    ) -> None:
+        """Where the type of `name` is declared: before IR 4 a weight is an input, too."""
+        weights = view.proto.input if name in view._weights else ()
+        for value in (*view.proto.value_info, *weights):
+            if not isinstance(value, str) and value.name == name:
                 before = type(value).FromString(value.SerializeToString())
                 value.type.CopyFrom(helper.make_tensor_type_proto(elem_type, dims))
                 self.undo.append(functools.partial(value.CopyFrom, before))

@@ -10,9 +10,10 @@ import logging
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from onnx import GraphProto, ModelProto, TypeProto, ValueInfoProto, shape_inference
+from onnx import GraphProto, ModelProto, ValueInfoProto, shape_inference
 
 from onnxopt import attributes
+from onnxopt.graph import constant_value
 from onnxopt.weights import WeightStore, place, tensor_bytes
 from onnxopt.wire import MIN_PAYLOAD
 
@@ -130,20 +131,27 @@ def _bare(model: Model) -> ModelProto:
 def _bare_graph(graph: GraphProto, weights: WeightStore) -> None:
     del graph.value_info[:]
     for output in graph.output:
-        if output.type.HasField("tensor_type"):
-            output.type.CopyFrom(
-                TypeProto(
-                    tensor_type=TypeProto.Tensor(
-                        elem_type=output.type.tensor_type.elem_type
-                    )
-                )
-            )
+        _drop_dims(output)
     for tensor in graph.initializer:
         if place(tensor) is not None and tensor_bytes(tensor) < MIN_PAYLOAD:
             payload = weights.read(tensor)
             tensor.ClearField("data_location")
             tensor.ClearField("external_data")
             tensor.raw_data = payload
+    empty = {tensor.name for tensor in graph.initializer if 0 in tensor.dims}
     for node in graph.node:
+        value = constant_value(node)
+        if value is not None and 0 in value.dims:
+            empty.update(node.output)
+        if node.op_type == "Squeeze" and not empty.isdisjoint(node.input[1:]):
+            # ONNX's inference keeps all dims, ONNX Runtime squeezes all that it can
+            node.op_type = "AmbiguousSqueeze"
         for _, inner in attributes.subgraphs(node) if node.attribute else ():
+            for value_info in inner.input:
+                _drop_dims(value_info)  # a Loop's may change from round to round
             _bare_graph(inner, weights)
+
+
+def _drop_dims(value: ValueInfoProto) -> None:
+    if value.type.HasField("tensor_type"):
+        value.type.tensor_type.ClearField("shape")

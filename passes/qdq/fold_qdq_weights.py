@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -45,7 +46,7 @@ class FoldQdqWeights(Pass):
                 continue
             edit = Edit(graph, node)
             try:
-                for same in _by_parameters(graph, node.input[0]):
+                for same in _groups(graph, node.input[0]):
                     _fold(graph, context, edit, same)
             except EvaluationError as error:
                 graph.skip(node, f"its codes could not be computed: {error}")
@@ -59,10 +60,22 @@ def _is_constant(graph: GraphView, node: NodeProto) -> bool:
     )
 
 
+def _groups(graph: GraphView, weight: str) -> Iterator[list[NodeProto]]:
+    """The nodes here that quantize `weight`, those together that can be one value.
+
+    Where one of them makes an output of the scope, it is the first: its name stays.
+    """
+    for same in _by_parameters(graph, weight):
+        outputs = [node for node in same if graph.is_output(node.output[0])]
+        others = [node for node in same if not graph.is_output(node.output[0])]
+        yield [*outputs[:1], *others]
+        yield from ([node] for node in outputs[1:])
+
+
 def _by_parameters(graph: GraphView, weight: str) -> list[list[NodeProto]]:
     """The nodes here that quantize `weight`, those with equal results together."""
     groups: dict[tuple[object, ...], list[NodeProto]] = {}
-    for use in graph.uses(weight):
+    for use in graph.home_uses(weight):
         node = use.node
         if use.view is graph and use.index == 0 and graph.op(node) == "QuantizeLinear":
             if attributes.has_references(node) or not _is_constant(graph, node):
