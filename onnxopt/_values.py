@@ -22,8 +22,10 @@ def to_wire(value: Value) -> Value:
     """Arrays of ml_dtypes types become Raw, the bytes that ORT keeps; others stay."""
     if isinstance(value, (list, tuple)):
         return [to_wire(item) for item in value]
-    if not isinstance(value, (np.ndarray, np.generic)) or value.dtype.kind in "biufcOUS":
-        return np.asarray(value) if isinstance(value, np.generic) else value
+    if isinstance(value, np.generic):
+        value = np.asarray(value)
+    if not isinstance(value, np.ndarray) or value.dtype.type.__module__ == "numpy":
+        return value
     import onnx.helper
 
     array = np.ascontiguousarray(value).reshape(value.shape)

@@ -197,6 +197,8 @@ def _with_dtype(array: np.ndarray, spec: InputSpec, where: str) -> np.ndarray:
     wanted = spec.dtype
     if array.dtype == wanted:
         return array
+    if array.dtype.newbyteorder("=") == wanted:
+        return array.astype(wanted)
     if wanted.kind == "O" and array.dtype.kind in "US":
         return array.astype(object)
     if array.dtype.kind == "V" and array.dtype.itemsize == wanted.itemsize:
