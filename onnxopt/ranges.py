@@ -68,8 +68,10 @@ def _bound_at(facts: _Facts, node: onnx.NodeProto, position: int) -> Bound | Non
             axis = _attribute(node, "gather_axis", _attribute(node, "axis", 0))
             return _dim_at(facts.shape(node.input[0]), axis)
         case ("GatherND", 1) | ("ScatterND", 1):
-            axis = _attribute(node, "batch_dims", 0)
-            return _smallest(facts.shape(node.input[0]), axis)
+            first = _attribute(node, "batch_dims", 0)
+            length = _dim_at(facts.shape(node.input[1]), -1)
+            last = first + length if isinstance(length, int) else None
+            return _smallest(facts.shape(node.input[0]), first, last)
         case "OneHot", 0:
             return facts.scalar(node.input[1])
         case "EmbedLayerNormalization", 0 | 1:
@@ -89,8 +91,8 @@ def _dim_at(shape: Sequence[Dim] | None, axis: int) -> Bound | None:
     return shape[axis]
 
 
-def _smallest(shape: Sequence[Dim] | None, first: int) -> int | None:
-    static = [dim for dim in (shape or ())[first:] if isinstance(dim, int)]
+def _smallest(shape: Sequence[Dim] | None, first: int, last: int | None) -> int | None:
+    static = [dim for dim in (shape or ())[first:last] if isinstance(dim, int)]
     return min(static, default=None)
 
 
