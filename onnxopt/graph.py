@@ -273,6 +273,10 @@ class GraphView:
                 seen = len(self.changes)
         self._cursors[owner] = len(self.changes)
 
+    def forget_visits(self) -> None:
+        """Let the next visit of each owner be of all nodes."""
+        self._cursors.clear()
+
     def apply(self, edit: Edit, why: str) -> bool:
         """Carry out `edit`, whole or not at all; False where it may not be done.
 

@@ -74,13 +74,22 @@ class PassManager:
         self.seconds: dict[str, float] = {}
 
     def run(self, model: Model, context: Context | None = None) -> None:
-        """Run until a whole round makes no edit.
+        """Run until a whole round makes no edit, not even where all is looked at anew.
+
+        Within the rounds, a pass revisits what changed, and shapes once inferred stay;
+        an edit can also tell more about the shapes of values far from it.
 
         Raises verifier.BrokenGraphError, naming the pass, where a pass broke the graph.
         """
         context = context or Context()
         idle = rounds = 0
-        while self.passes and idle < len(self.passes):
+        anew = model.ledger.edits
+        while self.passes:
+            if idle == len(self.passes):
+                if model.ledger.edits == anew:
+                    break
+                _look_anew(model)
+                idle, anew = 0, model.ledger.edits
             if rounds == self.max_rounds * len(self.passes):
                 model.notes.append(f"no fixed point after {self.max_rounds} rounds")
                 break
@@ -104,3 +113,10 @@ class PassManager:
         if self.observer is not None:
             self.observer(pass_, model, edits)
         return edits
+
+
+def _look_anew(model: Model) -> None:
+    """Let every pass visit every node again, and shapes be inferred again."""
+    model.shapes.forget()
+    for view in model.views():
+        view.forget_visits()

@@ -48,6 +48,11 @@ class Shapes:
         found = self._find(view, name)
         return found[0] if found and found[0] else None
 
+    def forget(self) -> None:
+        """Infer anew when asked next: edits may have made more of it known."""
+        self._version = -1
+        self._known = {}
+
     def is_reliable(self, symbol: str) -> bool:
         """Whether equal symbols mean equal sizes.
 

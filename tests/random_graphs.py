@@ -1,0 +1,333 @@
+"""Random models for the property tests: small, valid, full of what passes look for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+
+import numpy as np
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx.helper import make_node, make_tensor_value_info
+from onnx.numpy_helper import from_array
+
+from tests.support import Array
+
+Dims = tuple[int | str, ...]
+
+
+@dataclass
+class Builder:
+    """Grows one graph; inner graphs have builders of their own that see outer values."""
+
+    random: Random
+    depth: int = 0
+    parent: Builder | None = None
+    values: list[tuple[str, Dims]] = field(default_factory=list)
+    nodes: list[NodeProto] = field(default_factory=list)
+    weights: list[TensorProto] = field(default_factory=list)
+    count: list[int] = field(default_factory=lambda: [0])
+
+    # ---- values ----
+
+    def name(self) -> str:
+        """A new name; graphs that are not inside one another may use the same."""
+        self.count[0] += 1
+        return f"v{self.count[0]}"
+
+    def visible(self) -> list[tuple[str, Dims]]:
+        """All values that a node here may read."""
+        return [*(self.parent.visible() if self.parent else ()), *self.values]
+
+    def pick(self, rank: int | None = None) -> tuple[str, Dims] | None:
+        """Any value, or one of that rank."""
+        found = [v for v in self.visible() if rank is None or len(v[1]) == rank]
+        return self.random.choice(found) if found else None
+
+    def node(
+        self, op_type: str, inputs: list[str], dims: Dims, **attributes: object
+    ) -> str:
+        """Add a node with one output of float32, which others may read."""
+        output = self.raw(op_type, inputs, **attributes)
+        self.values.append((output, dims))
+        return output
+
+    def raw(self, op_type: str, inputs: list[str], **attributes: object) -> str:
+        """Add a node whose output only the caller reads."""
+        output = self.name()
+        self.nodes.append(make_node(op_type, inputs, [output], **attributes))
+        return output
+
+    def constant(self, array: Array) -> str:
+        """A constant: an initializer, or a Constant node."""
+        name = self.name()
+        if self.random.random() < 0.3:
+            value = from_array(array)
+            self.nodes.append(make_node("Constant", [], [name], value=value))
+        else:
+            self.weights.append(from_array(array, name))
+        return name
+
+    def ints(self, *values: int) -> str:
+        """A constant vector of int64."""
+        return self.constant(np.array(values, np.int64))
+
+    def floats(self, *dims: int) -> str:
+        """A constant of random values, of zeros or of ones, perhaps still computed."""
+        kind = self.random.randrange(6)
+        if kind < 2:
+            name = self.constant(np.full(dims, kind, np.float32))
+        else:
+            rng = np.random.default_rng(self.random.randrange(1 << 16))
+            name = self.constant(rng.standard_normal(dims).astype(np.float32))
+        if kind == 4:
+            name = self.raw(self.random.choice(["Neg", "Identity", "Abs"]), [name])
+        if kind == 5 and len(dims) == 2:
+            name = self.raw("Transpose", [name], perm=[0, 1])
+        return name
+
+    # ---- what to grow ----
+
+    def grow(self, steps: int) -> None:
+        """Add `steps` random pieces."""
+        for _ in range(steps):
+            self.random.choice(PIECES)(self)
+
+
+def unary(b: Builder) -> None:
+    """An elementwise operator, or one that does nothing."""
+    name, dims = b.pick() or ("", ())
+    op_type = b.random.choice(
+        ["Neg", "Abs", "Relu", "Sigmoid", "Identity", "Dropout", "Identity"]
+    )
+    b.node(op_type, [name], dims)
+
+
+def binary(b: Builder) -> None:
+    """Two values of equal dims, or one and a constant."""
+    name, dims = b.pick() or ("", ())
+    others = [other for other, theirs in b.visible() if theirs == dims]
+    op_type = b.random.choice(["Add", "Sub", "Mul"])
+    if b.random.random() < 0.5:
+        b.node(op_type, [name, b.random.choice(others)], dims)
+        return
+    known = [dim for dim in dims if isinstance(dim, int)]
+    shape = b.random.choice([(), (1,) * len(dims), tuple(known[-1:])])
+    pair = [name, b.floats(*shape)]
+    if op_type != "Sub" and b.random.random() < 0.3:
+        pair.reverse()
+    b.node(op_type, pair, dims)
+
+
+def no_op(b: Builder) -> None:
+    """Operators that with these settings change nothing."""
+    name, dims = b.pick() or ("", ())
+    rank = len(dims)
+    kind = b.random.randrange(7)
+    if kind == 0:
+        b.node("Cast", [name], dims, to=TensorProto.FLOAT)
+    elif kind == 1:
+        b.node("Transpose", [name], dims, perm=list(range(rank)))
+    elif kind == 2:
+        b.node("Concat", [name], dims, axis=0)
+    elif kind == 3:
+        b.node("Expand", [name, b.ints(*[1] * rank)], dims)
+    elif kind == 4:
+        b.node("Slice", [name, b.ints(0), b.ints(1 << 40), b.ints(-1)], dims)
+    elif kind == 5:
+        b.node("Pad", [name, b.ints(*[0] * 2 * rank)], dims)
+    else:
+        b.node("Tile", [name, b.ints(*[1] * rank)], dims)
+
+
+def reshape(b: Builder) -> None:
+    """Chains of Unsqueeze, Squeeze, Flatten and Reshape, also by computed shapes."""
+    name, dims = b.pick() or ("", ())
+    kind = b.random.randrange(5)
+    if kind == 0:
+        inner = b.raw("Unsqueeze", [name, b.ints(0)])
+        b.node("Squeeze", [inner, b.ints(0)], dims)
+    elif kind == 1:
+        flat = b.raw("Reshape", [name, b.ints(-1)])
+        shape = b.raw("Shape", [name])
+        b.node("Reshape", [flat, shape], dims)
+    elif kind == 2 and len(dims) == 2:
+        b.node("Reshape", [name, b.ints(-1, int(dims[1]))], dims)
+    elif kind == 3 and len(dims) == 2:
+        shape = b.raw("Shape", [name])
+        first = b.raw("Gather", [shape, b.ints(0)], axis=0)
+        whole = b.raw("Concat", [first, b.ints(-1)], axis=0)
+        b.node("Reshape", [name, whole], dims)
+    elif all(isinstance(dim, int) for dim in dims):
+        turned = tuple(reversed(dims))
+        b.node("Reshape", [name, b.ints(*(int(dim) for dim in turned))], turned)
+
+
+def transpose(b: Builder) -> None:
+    """Twice, or of dims that are known."""
+    name, dims = b.pick() or ("", ())
+    perm = list(range(len(dims)))
+    b.random.shuffle(perm)
+    b.node("Transpose", [name], tuple(dims[axis] for axis in perm), perm=perm)
+
+
+def duplicate(b: Builder) -> None:
+    """One of the nodes here once more."""
+    nodes = [node for node in b.nodes if len(node.output) == 1 and node.input]
+    if not nodes:
+        return
+    node = NodeProto()
+    node.CopyFrom(b.random.choice(nodes))
+    known = dict(b.visible())
+    dims = known.get(node.output[0])
+    node.output[0] = b.name()
+    b.nodes.append(node)
+    if dims is not None:
+        b.values.append((node.output[0], dims))
+
+
+def convolution(b: Builder) -> None:
+    """Conv or ConvTranspose with BatchNormalization behind it."""
+    found = b.pick(4)
+    if found is None or not all(isinstance(dim, int) for dim in found[1]):
+        return
+    name, dims = found
+    channels = int(dims[1])
+    op_type = b.random.choice(["Conv", "ConvTranspose"])
+    inputs = [name, b.floats(channels, channels, 1, 1)]
+    if b.random.random() < 0.5:
+        inputs.append(b.floats(channels))
+    norm(b, b.node(op_type, inputs, dims), dims)
+
+
+def linear(b: Builder) -> None:
+    """MatMul or Gemm with BatchNormalization behind it."""
+    found = b.pick(2)
+    if found is None or not isinstance(found[1][1], int):
+        return
+    name, dims = found
+    size = int(dims[1])
+    op_type = b.random.choice(["MatMul", "Gemm"])
+    norm(b, b.node(op_type, [name, b.floats(size, size)], dims), dims)
+
+
+def norm(b: Builder, name: str, dims: Dims) -> None:
+    """BatchNormalization with constant parameters."""
+    channels = int(dims[1])
+    parameters = [b.floats(channels) for _ in range(3)]
+    variance = b.constant(np.linspace(0.5, 2.0, channels).astype(np.float32))
+    b.node("BatchNormalization", [name, *parameters, variance], dims)
+
+
+def quantized_weight(b: Builder) -> None:
+    """A constant behind QuantizeLinear and DequantizeLinear, per tensor or per axis."""
+    name, dims = b.pick() or ("", ())
+    size = dims[-1] if dims and isinstance(dims[-1], int) else 1
+    per_axis = b.random.random() < 0.5
+    count = (size,) if per_axis else ()
+    scale = b.constant(np.full(count, 0.05 + 0.01 * b.random.randrange(5), np.float32))
+    zero = b.constant(np.full(count, b.random.choice([0, 3]), np.int8))
+    weight = b.floats(size)
+    attributes = {"axis": 0} if per_axis else {}
+    for _ in range(b.random.choice([1, 1, 2])):
+        codes = b.raw("QuantizeLinear", [weight, scale, zero], **attributes)
+        back = b.raw("DequantizeLinear", [codes, scale, zero], **attributes)
+        b.node("Add", [name, back], dims)
+
+
+def branch(b: Builder) -> None:
+    """An If whose branches read outer values, and may use the same names."""
+    if b.depth >= 2:
+        return
+    name, dims = b.pick() or ("", ())
+    start, graphs = b.count[0], []
+    ends = []
+    for label in ("then", "else"):
+        b.count[0] = start if b.random.random() < 0.7 else max([start, *ends])
+        inner = Builder(b.random, b.depth + 1, b, count=b.count)
+        inner.grow(b.random.randrange(1, 4))
+        last = b.random.choice(["Neg", "Identity", "Relu"])
+        same = [value for value, theirs in inner.visible() if theirs == dims]
+        result = inner.node(last, [b.random.choice(same) if same else name], dims)
+        graphs.append(graph_of(inner, label, [], [info(result, dims)]))
+        ends.append(b.count[0])
+    b.count[0] = max(ends)
+    b.node("If", ["cond"], dims, then_branch=graphs[0], else_branch=graphs[1])
+
+
+def loop(b: Builder) -> None:
+    """A Loop that carries a value and reads outer ones."""
+    if b.depth >= 2:
+        return
+    name, dims = b.pick() or ("", ())
+    inner = Builder(b.random, b.depth + 1, b, count=b.count)
+    index, go, carried = b.name(), b.name(), b.name()
+    inner.values.append((carried, dims))
+    inner.grow(b.random.randrange(1, 4))
+    same = [value for value, theirs in inner.values if theirs == dims]
+    result = inner.node("Sigmoid", [b.random.choice(same)], dims)
+    again = inner.raw("Identity", [go])
+    inputs = [
+        make_tensor_value_info(index, TensorProto.INT64, []),
+        make_tensor_value_info(go, TensorProto.BOOL, []),
+        info(carried, dims),
+    ]
+    outputs = [make_tensor_value_info(again, TensorProto.BOOL, []), info(result, dims)]
+    body = graph_of(inner, "body", inputs, outputs)
+    trips = b.constant(np.array(b.random.randrange(3), np.int64))
+    b.node("Loop", [trips, b.constant(np.array(True)), name], dims, body=body)
+
+
+PIECES: list[Callable[[Builder], None]] = [
+    unary,
+    unary,
+    binary,
+    binary,
+    no_op,
+    no_op,
+    reshape,
+    reshape,
+    transpose,
+    duplicate,
+    duplicate,
+    convolution,
+    linear,
+    quantized_weight,
+    branch,
+    loop,
+]
+
+
+def info(name: str, dims: Dims) -> ValueInfoProto:
+    """The declaration of a float32 value."""
+    return make_tensor_value_info(name, TensorProto.FLOAT, list(dims))
+
+
+def graph_of(
+    b: Builder, name: str, inputs: list[ValueInfoProto], outputs: list[ValueInfoProto]
+) -> GraphProto:
+    """The graph that the builder has grown."""
+    return helper.make_graph(b.nodes, name, inputs, outputs, b.weights)
+
+
+def random_model(random: Random) -> ModelProto:
+    """A model of up to a few dozen nodes in up to three scopes."""
+    batch: int | str = random.choice([2, "N"])
+    b = Builder(random)
+    inputs: list[tuple[str, Dims]] = [("x", (batch, 3)), ("image", (1, 2, 3, 3))]
+    b.values.extend(inputs)
+    b.grow(random.randrange(3, 14))
+    made = [value for value in b.values if value not in inputs]
+    if not made:
+        b.node("Relu", ["x"], inputs[0][1])
+        made = b.values[-1:]
+    outputs = [made[-1], *random.sample(made, min(len(made), random.randrange(3)))]
+    graph = graph_of(
+        b,
+        "random",
+        [*(info(*value) for value in inputs), make_tensor_value_info("cond", 9, [])],
+        [info(*value) for value in dict.fromkeys(outputs)],
+    )
+    imports = [helper.make_opsetid("", random.choice([13, 17, 21]))]
+    model: ModelProto = helper.make_model(graph, opset_imports=imports, ir_version=10)
+    return model

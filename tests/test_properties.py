@@ -1,0 +1,127 @@
+"""Random models through random pipelines: the outcome is valid and computes the same.
+
+The slow variant tries many more; both print the seed's model where they fail.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+import onnx.checker
+import onnx.printer
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from onnx import ModelProto
+
+from onnxopt import verifier
+from onnxopt.ledger import Ledger
+from onnxopt.manager import Context, PassManager
+from onnxopt.model import Model
+from onnxopt.passes import PASSES
+from onnxopt.recipe import parse_pipeline
+from onnxopt.report import Guarantee
+from tests import support
+from tests.random_graphs import random_model
+
+QUICK = settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
+)
+MANY = settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def random_pipeline(random: Random) -> str:
+    """Passes in any order, some of them several times."""
+    names = list(PASSES)
+    return ",".join(random.choices(names, k=random.randrange(1, 2 * len(names))))
+
+
+def strength(pipeline: str) -> Guarantee:
+    """What all the passes of a pipeline promise together."""
+    kinds = {PASSES[name].guarantee for name in pipeline.split(",")}
+    return "equivalent" if "equivalent" in kinds else "bitwise"
+
+
+def check_same(source: ModelProto, result: ModelProto, guarantee: Guarantee) -> None:
+    """Valid, of the same interface, and equal on feeds of several sizes."""
+    onnx.checker.check_model(result)
+    for field in ("input", "output"):
+        ours, theirs = getattr(result.graph, field), getattr(source.graph, field)
+        assert [v.SerializeToString() for v in ours] == [
+            v.SerializeToString() for v in theirs
+        ]
+    for number, feed in enumerate(support.feeds_of(source, (2, 1, 3))):
+        if number and guarantee == "equivalent":
+            break  # what is infinite or NaN may become the other in a reordered sum
+        expected = support.run(source, feed)
+        support.assert_same(expected, support.run(result, feed), guarantee)
+
+
+def check_pipeline(random: Random, context: Context) -> None:
+    """One random model and pipeline; then again, up to a random number of edits."""
+    source, pipeline = random_model(random), random_pipeline(random)
+    guarantee = strength(pipeline)
+    onnx.checker.check_model(source)
+    try:
+        model = support.run_passes(source, pipeline, context)
+        check_same(source, support.final(model), guarantee)
+        again = support.run_passes(support.final(model), pipeline, context)
+        assert again.ledger.edits == 0 or model.notes
+        limit = random.randrange(model.ledger.edits + 1)
+        part = support.run_passes(source, pipeline, context, limit=limit)
+        assert part.ledger.edits == limit
+        check_same(source, support.final(part), guarantee)
+    except BaseException:
+        print(pipeline, onnx.printer.to_text(source), sep="\n")
+        raise
+
+
+def check_budget(random: Random, context: Context) -> None:
+    """The model never grows where the budget is what it already has."""
+    source = random_model(random)
+    pipeline = random_pipeline(random)
+    model = Model.open(source)
+    before = model.bytes()
+    model.ledger = Ledger(before)
+    model.ledger.most_bytes = before
+    PassManager(parse_pipeline(pipeline), verify_each=True).run(model, context)
+    verifier.verify(model, "at the end", rebuild=True)
+    check_same(source, support.final(model), strength(pipeline))
+    # what protobuf needs for lengths is not all foreseen
+    assert model.bytes() <= before + 64, onnx.printer.to_text(source)
+
+
+RANDOMS = st.randoms(use_true_random=False)
+
+
+@QUICK
+@given(random=RANDOMS)
+def test_pipelines(random: Random, context: Context) -> None:
+    """Any pipeline on any model, whole and in part."""
+    check_pipeline(random, context)
+
+
+@settings(QUICK, max_examples=20)
+@given(random=RANDOMS)
+def test_budget(random: Random, context: Context) -> None:
+    """Any pipeline within the tightest budget."""
+    check_budget(random, context)
+
+
+@pytest.mark.slow
+@MANY
+@given(random=RANDOMS)
+def test_many_pipelines(random: Random, context: Context) -> None:
+    """The same, much longer."""
+    check_pipeline(random, context)
+
+
+@pytest.mark.slow
+@settings(MANY, max_examples=500)
+@given(random=RANDOMS)
+def test_many_budgets(random: Random, context: Context) -> None:
+    """The same, much longer."""
+    check_budget(random, context)
