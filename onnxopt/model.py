@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import itertools
 import logging
@@ -77,10 +76,9 @@ class Model:
         if isinstance(source, str | os.PathLike):
             return cls._from_file(Path(source), folder)
         if hasattr(source, "nodes") and hasattr(source, "opset"):
-            import onnx_graphsurgeon as gs
+            from onnxopt import surgeon
 
-            # the export can share its tensors with the graph: take a copy first
-            return cls._from_proto(gs.export_onnx(copy.deepcopy(source)), folder)
+            return cls._from_proto(surgeon.export(source), folder)
         raise UsageError(
             f"a model is a path, a ModelProto or a gs.Graph, not {type(source).__name__}"
         )
