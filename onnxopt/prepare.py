@@ -6,8 +6,18 @@ Each is a change of the interface or of the operator set, so each leaves a note.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from onnx import GraphProto, ModelProto, ValueInfoProto, version_converter
+from onnx import (
+    AttributeProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    ValueInfoProto,
+    defs,
+    helper,
+    version_converter,
+)
 
 from onnxopt.errors import InvalidModelError, UsageError
 from onnxopt.model import Model
@@ -51,7 +61,8 @@ def _fix(value: ValueInfoProto, dims: Sequence[int], symbols: dict[str, int]) ->
     if not value.type.tensor_type.HasField("shape") or len(declared) != len(dims):
         raise UsageError(f"input {value.name!r} does not have {len(dims)} dims")
     for dim, size in zip(declared, dims, strict=True):
-        if dim.HasField("dim_value") and dim.dim_value != size:
+        is_fixed = dim.HasField("dim_value") and dim.dim_value >= 0  # -1: any, as in ORT
+        if is_fixed and dim.dim_value != size:
             raise UsageError(
                 f"input {value.name!r}: a dim is {dim.dim_value} in the model, not {size}"
             )
@@ -70,22 +81,58 @@ def raise_opset(model: Model, version: int) -> Model:
         return model
     if version < current:
         raise UsageError(f"the model has opset {current}; --opset can only raise it")
+    _check_functions(model, version)
     try:
         converted = version_converter.convert_version(_convertible(model), version)
-    except (RuntimeError, ValueError) as error:
+    except (version_converter.ConvertError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(
             f"onnx cannot convert opset {current} to {version}: {reason}"
         ) from None
-    _restore_metadata(model.proto, converted)
     try:
-        made = Model(converted, model.weights)
+        made = Model(_raised(model.proto, converted, version), model.weights)
     except InvalidModelError as error:
         raise UsageError(
             f"onnx's conversion to opset {version} is broken: {error}"
         ) from None
     made.notes += [*model.notes, f"opset {current} became {version}"]
     return made
+
+
+def _check_functions(model: Model, version: int) -> None:
+    """The converter leaves function bodies alone: the versions must not matter there."""
+    views = list(model.functions)
+    while views:
+        view = views.pop()
+        views += view.children()
+        for node in view.proto.node:
+            if _changes(node, model.opset(view), version):
+                raise UsageError(
+                    f"{node.op_type} in {view.scope} is another operator in opset "
+                    f"{version}: inline the local functions before raising the opset"
+                )
+
+
+def _changes(node: NodeProto, current: int, version: int) -> bool:
+    if node.domain not in ("", "ai.onnx") or not defs.has(node.op_type):
+        return False
+    try:
+        schemas = [defs.get_schema(node.op_type, opset) for opset in (current, version)]
+    except defs.SchemaError:
+        return True
+    return _form(schemas[0]) != _form(schemas[1])
+
+
+def _form(schema: defs.OpSchema) -> tuple[object, ...]:
+    """What a version of an operator takes; types aside, which only become more."""
+    attributes: Any = schema.attributes
+    return (
+        [(formal.name, formal.option) for formal in (*schema.inputs, *schema.outputs)],
+        {
+            name: (item.type, item.required, str(item.default_value))
+            for name, item in attributes.items()
+        },
+    )
 
 
 def _convertible(model: Model) -> ModelProto:
@@ -95,30 +142,97 @@ def _convertible(model: Model) -> ModelProto:
     return copy
 
 
-def _restore_metadata(old: ModelProto, new: ModelProto) -> None:
-    """Put back what the converter's own representation does not carry."""
-    new.ir_version = max(old.ir_version, new.ir_version)
-    weights = {tensor.name: tensor for tensor in old.graph.initializer}
-    for index, tensor in enumerate(new.graph.initializer):
-        if tensor.name in weights:
-            new.graph.initializer[index].CopyFrom(weights[tensor.name])
-    for field in ("producer_name", "producer_version", "domain", "model_version"):
-        setattr(new, field, getattr(old, field))
-    for target, source in ((new, old), (new.graph, old.graph)):
-        target.doc_string = source.doc_string
-        del target.metadata_props[:]
-        target.metadata_props.extend(source.metadata_props)
-    _restore_nodes(old.graph, new.graph)
+def _raised(old: ModelProto, converted: ModelProto, version: int) -> ModelProto:
+    """The old model with the nodes that the converter changed, and only these, changed.
+
+    Its own representation of a model carries far less than the format does.
+    """
+    made = ModelProto()
+    made.CopyFrom(old)
+    made.ir_version = max(old.ir_version, converted.ir_version)
+    for holder in (made, *made.functions):
+        for entry in holder.opset_import:
+            if entry.domain in ("", "ai.onnx"):
+                entry.version = version
+    _take_over(made.graph, converted.graph, listed=made.ir_version < 4)
+    return made
 
 
-def _restore_nodes(old: GraphProto, new: GraphProto) -> None:
-    makers = {name: node for node in old.node for name in node.output if name}
-    for node in new.node:
-        before = makers.get(next(iter(node.output), ""))
-        if before is not None and before.op_type == node.op_type:
-            node.name, node.doc_string = before.name, before.doc_string
-            del node.metadata_props[:]
-            node.metadata_props.extend(before.metadata_props)
+def _take_over(graph: GraphProto, converted: GraphProto, listed: bool) -> None:
+    """Give `graph` the nodes of the converted one, and the weights that are new."""
+    makers = {name: node for node in graph.node for name in node.output if name}
+    nodes = []
+    for after in converted.node:
+        before = makers.get(next(filter(None, after.output), ""))
+        nodes.append(after if before is None else _updated(before, after, listed))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    known = {tensor.name for tensor in graph.initializer}
+    for tensor in converted.initializer:
+        if tensor.name not in known:
+            graph.initializer.append(tensor)
+            if listed:
+                graph.input.append(
+                    helper.make_tensor_value_info(
+                        tensor.name, tensor.data_type, tensor.dims
+                    )
+                )
+
+
+def _updated(before: NodeProto, after: NodeProto, listed: bool) -> NodeProto:
+    """`before` with what the converter changed of it."""
+    made = NodeProto()
+    made.CopyFrom(before)
+    made.op_type = after.op_type
+    for field in ("input", "output"):
+        if list(getattr(before, field)) != list(getattr(after, field)):
+            del getattr(made, field)[:]
+            getattr(made, field).extend(getattr(after, field))
+    attributes = {attribute.name: attribute for attribute in before.attribute}
+    kept = [_attribute(attributes.get(new.name), new, listed) for new in after.attribute]
+    order = list(attributes)  # the converter has one of its own
+    kept.sort(
+        key=lambda item: order.index(item.name) if item.name in order else len(order)
+    )
+    del made.attribute[:]
+    made.attribute.extend(kept)
+    return made
+
+
+def _attribute(
+    before: AttributeProto | None, after: AttributeProto, listed: bool
+) -> AttributeProto:
+    if before is None:
+        return after
+    made = AttributeProto()
+    made.CopyFrom(before)
+    if after.type == before.type == AttributeProto.GRAPH:
+        _take_over(made.g, after.g, listed)
+    elif after.type == before.type == AttributeProto.GRAPHS:
+        for ours, theirs in zip(made.graphs, after.graphs, strict=True):
+            _take_over(ours, theirs, listed)
+    elif not _is_same(_bare(before), _bare(after)):
+        return after
+    return made
+
+
+def _is_same(one: AttributeProto, other: AttributeProto) -> bool:
+    """Equal to the byte, or as text, for which one NaN is like another."""
+    if one.SerializeToString() == other.SerializeToString():
+        return True
+    return one.ByteSize() == other.ByteSize() and str(one) == str(other)
+
+
+def _bare(attribute: AttributeProto) -> AttributeProto:
+    """What an attribute says, without what is told about it."""
+    bare = AttributeProto()
+    bare.CopyFrom(attribute)
+    bare.ClearField("doc_string")
+    for tensor in (bare.t, *bare.tensors) if not bare.ref_attr_name else ():
+        for field in ("name", "doc_string", "metadata_props"):
+            tensor.ClearField(field)
+    bare.DiscardUnknownFields()
+    return bare
 
 
 def _again(model: Model, note: str) -> Model:
