@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from types import TracebackType
 
 import numpy as np
-from onnx import ModelProto
-from onnx.reference import ReferenceEvaluator
+from onnx import ModelProto, NodeProto, ValueInfoProto, helper
 
 from onnxopt.errors import ProviderError, SessionError, WorkerError
+from onnxopt.graph import GraphView
 from onnxopt.runtime import Worker
 from onnxopt.weights import Array
 
@@ -65,7 +65,29 @@ class Evaluator:
         return arrays
 
 
+def constant_model(
+    graph: GraphView, nodes: Sequence[NodeProto], outputs: Sequence[str]
+) -> ModelProto:
+    """A model without inputs: `nodes` of `graph` with the constants that they read."""
+    made = {name for node in nodes for name in node.output}
+    read = {name for node in nodes for name in node.input if name}
+    model = ModelProto(ir_version=max(graph.model.proto.ir_version, 4))
+    model.opset_import.append(helper.make_opsetid("", graph.opset()))
+    model.graph.name = "constants"
+    for name in sorted(read - made):
+        tensor = graph.weight(name)
+        assert tensor is not None, f"{name!r} is not a constant"
+        inline = model.graph.initializer.add()
+        inline.CopyFrom(graph.model.weights.inline(tensor))
+        inline.name = name
+    model.graph.node.extend(nodes)
+    model.graph.output.extend(ValueInfoProto(name=name) for name in outputs)
+    return model
+
+
 def _by_reference(model: ModelProto, names: Sequence[str]) -> dict[str, Array]:
+    from onnx.reference import ReferenceEvaluator  # large, and seldom needed
+
     try:
         values = ReferenceEvaluator(model).run(None, {})
     except Exception as error:  # noqa: BLE001 - it raises whatever its NumPy code does

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import NodeProto
 
 from onnxopt import attributes
 from onnxopt.edit import Edit
-from onnxopt.evaluate import EvaluationError
+from onnxopt.evaluate import EvaluationError, constant_model
 from onnxopt.graph import GraphView
 from onnxopt.manager import Context, Pass
 from onnxopt.quantization.linear import quantize
@@ -111,27 +111,5 @@ def _codes(graph: GraphView, context: Context, node: NodeProto) -> Array:
         codes = quantize(values, scale, zero_point, attributes.get(node, "axis", 1))
         if codes is not None:
             return codes
-    return context.evaluator.evaluate(_alone(graph, node))[node.output[0]]
-
-
-def _alone(graph: GraphView, node: NodeProto) -> ModelProto:
-    """A model of this node and its constants."""
-    model = ModelProto(ir_version=max(graph.model.proto.ir_version, 4))
-    model.opset_import.append(helper.make_opsetid("", graph.opset()))
-    model.graph.name = "codes"
-    for name in dict.fromkeys(filter(None, node.input)):
-        tensor = graph.weight(name)
-        assert tensor is not None
-        inline = model.graph.initializer.add()
-        inline.CopyFrom(graph.model.weights.inline(tensor))
-        inline.name = name
-    model.graph.node.append(node)
-    kind = graph.dtype(node.output[0]) or _code_type(graph, node)
-    model.graph.output.append(helper.make_tensor_value_info(node.output[0], kind, None))
-    return model
-
-
-def _code_type(graph: GraphView, node: NodeProto) -> int:
-    if len(node.input) > 2 and node.input[2]:
-        return graph.dtype(node.input[2]) or TensorProto.UINT8
-    return int(attributes.get(node, "output_dtype", 0)) or TensorProto.UINT8
+    name = node.output[0]
+    return context.evaluator.evaluate(constant_model(graph, [node], [name]))[name]

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import NodeProto, TensorProto
 
 from onnxopt import arithmetic, attributes
 from onnxopt.edit import Edit
-from onnxopt.evaluate import EvaluationError
+from onnxopt.evaluate import EvaluationError, constant_model
 from onnxopt.graph import GraphView, constant_value
 from onnxopt.manager import Context, Pass
 from onnxopt.report import Guarantee
@@ -98,7 +98,9 @@ class FoldConstants(Pass):
                     graph.skip(node, f"the model would grow by {growth:,} bytes")
                 continue
             try:
-                values = context.evaluator.evaluate(_model(graph, group, frontier))
+                values = context.evaluator.evaluate(
+                    constant_model(graph, group, _read(graph, frontier))
+                )
             except EvaluationError as error:
                 for node in frontier:
                     graph.skip(node, f"its value could not be computed: {error}")
@@ -281,24 +283,7 @@ def _groups(graph: GraphView, pending: dict[int, NodeProto]) -> Iterator[list[No
     yield from groups.values()
 
 
-def _model(
-    graph: GraphView, nodes: list[NodeProto], frontier: list[NodeProto]
-) -> ModelProto:
-    """A model without inputs that computes what is read of the frontier."""
-    made = {name for node in nodes for name in node.output}
-    model = ModelProto(ir_version=max(graph.model.proto.ir_version, 4))
-    model.opset_import.append(helper.make_opsetid("", graph.opset()))
-    model.graph.name = "constants"
-    for name in sorted({n for node in nodes for n in node.input if n and n not in made}):
-        tensor = graph.weight(name)
-        assert tensor is not None
-        inline = model.graph.initializer.add()
-        inline.CopyFrom(graph.model.weights.inline(tensor))
-        inline.name = name
-    model.graph.node.extend(nodes)
-    for node in frontier:
-        for name in filter(None, node.output):
-            if graph.is_used(name):
-                kind = graph.dtype(name) or TensorProto.UNDEFINED
-                model.graph.output.append(helper.make_tensor_value_info(name, kind, None))
-    return model
+def _read(graph: GraphView, nodes: list[NodeProto]) -> list[str]:
+    """The outputs of `nodes` that something reads."""
+    names = [name for node in nodes for name in node.output if name]
+    return [name for name in names if graph.is_used(name)]
