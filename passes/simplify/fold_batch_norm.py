@@ -123,11 +123,17 @@ def _scale_and_shift(graph: GraphView, norm: NodeProto) -> tuple[Floats, Floats]
     return factor, shift
 
 
+def _is_finite(array: Array) -> bool:
+    """Without an array of truths beside it: NaN and infinity reach the extremes."""
+    with np.errstate(all="ignore"):
+        return not array.size or bool(np.isfinite([array.min(), array.max()]).all())
+
+
 def _set_constant(
     graph: GraphView, edit: Edit, layer: NodeProto, slot: int, array: Array
 ) -> None:
     """Give input `slot` of the layer a new value, under its old name if it can."""
-    if array.size and not np.isfinite([array.min(), array.max()]).all():  # or NaN
+    if not _is_finite(array):
         raise _DeclinedError(f"a folded weight does not fit into {array.dtype}")
     name = layer.input[slot] if slot < len(layer.input) else ""
     if name and graph.only_use_everywhere(name) is not None:
