@@ -300,8 +300,16 @@ class _Journal:
         node.input[index] = name
         if name:
             view._add_use(node, index, name)
+        if old and name and old not in node.input:
+            self._move_shards(node, old, name)
         self.undo.append(lambda: self._unset_input(view, node, index, old, length))
         self.touched.append((view, node))
+
+    def _move_shards(self, node: NodeProto, old: str, new: str) -> None:
+        """Let what is said of sharding an input be said of the one in its place."""
+        for spec in _shards(node, old):
+            spec.tensor_name = new
+            self.undo.append(functools.partial(setattr, spec, "tensor_name", old))
 
     def _unset_input(
         self, view: GraphView, node: NodeProto, index: int, old: str, length: int
@@ -370,7 +378,8 @@ class _Journal:
     def _set_output(
         self, view: GraphView, maker: NodeProto, index: int, name: str
     ) -> None:
-        _rename_shards(maker, maker.output[index], name)
+        for spec in _shards(maker, maker.output[index]):
+            spec.tensor_name = name
         maker.output[index] = name
         view._producer[name] = maker
 
@@ -532,9 +541,11 @@ def _restore_input(view: GraphView, graph: GraphProto, index: int, value: Any) -
     view._given.add(value.name)
 
 
-def _rename_shards(node: NodeProto, old: str, new: str) -> None:
-    """Keep multi-device annotations true to a renamed value."""
-    for configuration in getattr(node, "device_configurations", ()):
-        for spec in configuration.sharding_spec:
-            if spec.tensor_name == old:
-                spec.tensor_name = new
+def _shards(node: NodeProto, name: str) -> list[Any]:
+    """The multi-device annotations of `node` that are about value `name`."""
+    return [
+        spec
+        for configuration in getattr(node, "device_configurations", ())
+        for spec in configuration.sharding_spec
+        if spec.tensor_name == name
+    ]

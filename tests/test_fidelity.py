@@ -145,6 +145,8 @@ def training_information(model: ModelProto) -> None:
     info.algorithm.initializer.append(numpy_helper.from_array(np.ones(3), "rate"))
     info.initialization_binding.add(key="w", value="start")
     info.update_binding.add(key="w", value="w_new")
+    info.update_binding.add(key="step", value="rate")  # the graph itself never reads it
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros(3), "step"))
 
 
 # ---- the graph ----
@@ -804,6 +806,22 @@ def test_what_is_said_of_a_value_goes_with_it() -> None:
     source.graph.value_info.append(made)
     source.graph.quantization_annotation.add(tensor_name="i")
     assert_same(onnxopt.optimize(source, validate=False).model, expected)
+
+
+def sharded(edited: bool) -> ModelProto:
+    """The Add says how its inputs and output are spread over devices."""
+    model = base(edited)
+    made = node(model).device_configurations.add(configuration_id="pair")
+    for name in ("r" if edited else "i", "w", "y"):
+        made.sharding_spec.add(tensor_name=name, device=[0, 1])
+    return model
+
+
+def test_sharding_follows_the_input_that_it_is_about() -> None:
+    result = onnxopt.optimize(sharded(edited=False), validate=False)
+    assert_same(result.model, sharded(edited=True))
+    refused = onnxopt.optimize(sharded(edited=False), validate=False, bisect_limit=0)
+    assert_same(refused.model, sharded(edited=False))
 
 
 def test_a_pipeline_that_edits_does_not_touch_what_came_in(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import resource
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import onnxopt.model
 from onnxopt import save, wire
+from onnxopt.edit import Edit
 from onnxopt.errors import UsageError
 from onnxopt.model import Model
 from onnxopt.save import stage, to_proto
@@ -125,13 +127,14 @@ def test_the_output_does_not_need_the_input(tmp_path: Path) -> None:
 
 
 def test_payloads_of_a_page_start_on_one(tmp_path: Path) -> None:
-    put(write_external(tmp_path / "in.onnx", make_model()), tmp_path / "out.onnx")
-    proto = onnx.load(tmp_path / "out.onnx", load_external_data=False)
-    where = {tensor.name: place(tensor) for tensor in proto.graph.initializer}
-    assert where["w"] is not None
-    assert where["w"].offset % 4096 == 0
-    assert where["b"] is not None
-    assert where["b"].offset % 16 == 0
+    proto = make_model()
+    proto.graph.initializer.insert(0, numpy_helper.from_array(np.arange(3), "first"))
+    put(write_external(tmp_path / "in.onnx", proto), tmp_path / "out.onnx")
+    made = onnx.load(tmp_path / "out.onnx", load_external_data=False)
+    offsets = {
+        t.name: where.offset for t in made.graph.initializer if (where := place(t))
+    }
+    assert offsets == {"first": 0, "w": 4096, "b": 4096 + 48_000}
 
 
 def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -284,6 +287,35 @@ def test_in_memory_they_all_come_inline(tmp_path: Path) -> None:
     kept = [t for t in save.tensors(proto) if t.data_type == TensorProto.INT64]
     values = [store.array(tensor).ravel().tolist() for tensor in kept]
     assert values == external_values(source)
+
+
+def test_large_weights_that_a_pass_wrote_into_a_branch_come_inline(
+    tmp_path: Path,
+) -> None:
+    """The writer streams only the main graph's."""
+    proto = make_model()
+    branch = helper.make_graph(
+        [helper.make_node("Identity", ["inner"], ["t"])],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("t", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.zeros(4, np.float32), "inner")],
+    )
+    proto.graph.node.append(
+        helper.make_node("If", ["s"], ["i"], then_branch=branch, else_branch=branch)
+    )
+    model = Model.open(proto)
+    values = np.arange(500_000, dtype=np.float32)
+    for view in model.main.children():
+        edit = Edit(view, view.nodes()[0])
+        edit.set_weight("inner", values)
+        assert view.apply(edit, "a test")
+        assert place(view.initializers()[0]) is not None
+    with stage(model, tmp_path / "out.onnx") as staged:
+        staged.commit()
+    for attribute in onnx.load(tmp_path / "out.onnx").graph.node[-1].attribute:
+        (tensor,) = attribute.g.initializer
+        np.testing.assert_array_equal(numpy_helper.to_array(tensor), values)
 
 
 # ---- models over the limit of protobuf (here: a low one) ----
@@ -569,8 +601,8 @@ def test_places_that_cannot_be_written_are_told(tmp_path: Path) -> None:
     assert names(tmp_path) == ["file", "folder", "pipe"]
 
 
-def in_child(work: Callable[[], object]) -> int:
-    """Run in a forked process; its exit status (1 where an exception came out)."""
+def forked(work: Callable[[], object]) -> int:
+    """Start work in a process of its own, which exits with 1 where it raises."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -579,7 +611,16 @@ def in_child(work: Callable[[], object]) -> int:
             status = 0
         finally:
             os._exit(status)
+    return child
+
+
+def ended(child: int) -> int:
+    """The exit status of a process that `forked` started."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def in_child(work: Callable[[], object]) -> int:
+    return ended(forked(work))
 
 
 def test_a_read_only_folder_is_told(tmp_path: Path) -> None:
@@ -658,19 +699,13 @@ def test_two_at_a_time_do_not_mix(tmp_path: Path) -> None:
     ]
     target = tmp_path / "out" / "m.onnx"
     target.parent.mkdir()
-    children = []
-    for source in sources:
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                for _ in range(40):
-                    put(source, target)
-                status = 0
-            finally:
-                os._exit(status)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+    def again_and_again(source: Path) -> None:
+        for _ in range(40):
+            put(source, target)
+
+    children = [forked(lambda path=path: again_and_again(path)) for path in sources]
+    codes = [ended(child) for child in children]
     assert codes == [0, 0]
     assert loaded(target) in (make_model(1), make_model(2))
     assert len(names(target.parent)) == 2
@@ -688,6 +723,37 @@ def test_one_that_waits_keeps_its_data_while_another_commits(tmp_path: Path) -> 
     assert loaded(target) == make_model(2)
     waiting.commit()
     assert loaded(target) == make_model(1)
+    assert len(names(target.parent)) == 2
+
+
+def test_renames_in_a_folder_come_one_after_the_other(tmp_path: Path) -> None:
+    """Else the data of the model that is replaced second would stay for ever."""
+    sources = [
+        write_external(tmp_path / f"{seed}.onnx", make_model(seed), f"{seed}.bin")
+        for seed in (1, 2, 3)
+    ]
+    target = tmp_path / "out" / "m.onnx"
+    target.parent.mkdir()
+    put(sources[0], target)
+    started, tell = os.pipe()
+
+    def slowly() -> None:
+        staged, replace = stage(Model.open(sources[1]), target), os.replace
+
+        def late(*names: object) -> None:
+            os.write(tell, b"!")
+            time.sleep(0.5)
+            replace(*names)  # type: ignore[arg-type]
+
+        os.replace = late  # type: ignore[assignment]
+        staged.commit()
+
+    second = stage(Model.open(sources[2]), target)
+    child = forked(slowly)
+    os.read(started, 1)
+    second.commit()
+    assert ended(child) == 0
+    assert loaded(target) == make_model(3)
     assert len(names(target.parent)) == 2
 
 

@@ -318,6 +318,17 @@ def test_what_is_no_model_is_told_so(tmp_path: Path, data: bytes, text: str) -> 
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "data",
+    [b"\x0a\x05ab", b"\x0a\x80", b"\x0d123", b"\x00\x00", b"\x08" + b"\x80" * 10 + b"\0"],
+    ids=["past the end", "no length", "short", "number 0", "endless number"],
+)
+def test_malformed_fields_are_noticed_within_a_longer_file(data: bytes) -> None:
+    file = io.BytesIO(data + bytes(100))
+    with pytest.raises(wire.WireError):
+        list(wire.fields(file, 0, len(data)))
+
+
 def test_a_file_of_many_tiny_fields_is_read_in_time(tmp_path: Path) -> None:
     assert not survives(b"\x08\x01" * 100_000, tmp_path)
     survives(field(wire.MODEL_GRAPH, b"\x0a\x00" * 50_000), tmp_path)
