@@ -85,6 +85,8 @@ class Model:
 
     @classmethod
     def _from_file(cls, path: Path, folder: Path | None) -> Model:
+        if path.is_fifo():
+            raise UsageError(f"cannot read {path}: it is a pipe; give a file")
         try:
             file = open(path, "rb")  # noqa: SIM115 - the store keeps it open
         except OSError as error:

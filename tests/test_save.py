@@ -433,6 +433,34 @@ def test_an_output_may_replace_its_own_input_with_external_data(tmp_path: Path) 
     assert names(tmp_path) == [*ours, "m.onnx", "weights.bin"]
 
 
+def test_the_command_line_may_replace_its_input_with_external_data(
+    tmp_path: Path,
+) -> None:
+    source = put(write_external(tmp_path / "a.onnx", make_model()), tmp_path / "m.onnx")
+    assert source.data_path is not None
+    proto = onnx.load(tmp_path / "m.onnx", load_external_data=False)
+    spare = helper.make_node("Identity", ["x"], ["unread"])
+    proto.graph.node.append(spare)
+    proto.graph.initializer.pop()  # so that the data changes, and its name
+    proto.graph.node[2].input[1] = "s"
+    write(tmp_path / "m.onnx", proto)
+    command = [sys.executable, "-m", "onnxopt", "optimize", "m.onnx", "-o", "m.onnx"]
+    done = subprocess.run([*command, "--no-validate"], cwd=tmp_path, check=False)
+    assert done.returncode == 0
+    made = loaded(tmp_path / "m.onnx")
+    assert [node.op_type for node in made.graph.node] == ["MatMul", "ReduceSum", "Add"]
+    assert made.graph.initializer[0] == make_model().graph.initializer[0]
+    ours = [name for name in names(tmp_path) if name.endswith(".data")]
+    assert len(ours) == 1
+    assert ours != [source.data_path.name]
+
+
+def test_a_pipe_is_no_model(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="it is a pipe"):
+        Model.open(tmp_path / "pipe")
+
+
 def test_the_data_of_the_replaced_model_is_removed_after_the_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
