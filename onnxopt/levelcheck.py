@@ -38,7 +38,12 @@ class Comparison:
     random: set[str] = field(default_factory=set)
     rejected: list[str] = field(default_factory=list)
     failure: str | None = None
-    feeds: int = 0
+    data: set[int] = field(default_factory=set)
+
+    @property
+    def feeds(self) -> int:
+        """How many feeds were compared, hard cases aside."""
+        return len(self.data)
 
     def add(
         self,
@@ -92,13 +97,7 @@ class LevelCheck:
                 )
                 return
             comparison = self._compare(reference, right, self._cpu_reference(stack))
-            spreads: dict[str, Spread] = {}
-            if names := self._unsettled(comparison):
-                measure = SpreadMeasure(
-                    self.moved, reference, self.spec, right, self.feeds, self.hard
-                )
-                wanted = self._feeds_to_measure(comparison, names)
-                spreads = measure.measure(names, wanted, self.repeat)
+            spreads = self._spreads(comparison, reference, right)
         outputs = self._outputs(comparison, spreads)
         outputs = self._without_ties(comparison, outputs, verdict)
         self._conclude(verdict, comparison, outputs)
@@ -160,7 +159,8 @@ class LevelCheck:
         except SessionError as error:
             comparison.failure = f"fails on feed {at.index} ({at.kind}): {error}"
             return False
-        comparison.feeds += at.kind == "data"
+        if at.kind == "data":
+            comparison.data.add(at.index)
         for name, value in expected.items():
             if again is not None:
                 self._check_repeat(comparison, name, at, value, again[name])
@@ -202,32 +202,48 @@ class LevelCheck:
                 truth = cpu.run(at.feed)
         except SessionError:
             return
-        self.against_cpu.feeds += 1
+        self.against_cpu.data.add(at.index)
         for name, value in truth.items():
             self.against_cpu.add(name, at, value, found[name], self.rules)
             for sample in samples_of(at, value, expected[name]):
                 self.cpu_spread.setdefault(name, Spread()).add(sample)
 
-    def _unsettled(self, comparison: Comparison) -> list[str]:
-        """Outputs whose verdict depends on the reference's own noise."""
-        if comparison.failure:
-            return []
-        return [
-            name
-            for name, samples in comparison.samples.items()
-            if any(rule.needs_spread(samples) for rule in self.rules)
-        ]
+    # --- the reference against itself -------------------------------------------------
 
-    def _feeds_to_measure(self, comparison: Comparison, names: list[str]) -> set[int]:
-        """Feeds beyond the bound: some ordinary ones, always the first, all hard ones."""
-        beyond = {
-            (sample.kind == "data", sample.feed)
-            for name in names
-            for sample in comparison.samples[name]
-            if any(rule.needs_spread([sample]) for rule in self.rules)
+    def _spreads(
+        self, comparison: Comparison, reference: Session, right: Worker
+    ) -> dict[str, Spread]:
+        """The noise of the outputs that the bound alone does not settle."""
+        doubts = self._doubts(comparison, {})
+        if not doubts or comparison.failure:
+            return {}
+        measure = SpreadMeasure(
+            self.moved, reference, self.spec, right, self.feeds, self.hard
+        )
+        wanted = self._chosen(comparison, set().union(*doubts.values()))
+        spreads = measure.measure(list(doubts), wanted, self.repeat)
+        if doubts := self._doubts(comparison, spreads):
+            measure.measure_more(spreads, list(doubts), set().union(*doubts.values()))
+        return spreads
+
+    def _doubts(
+        self, comparison: Comparison, spreads: dict[str, Spread]
+    ) -> dict[str, set[int]]:
+        """Outputs and feeds where they are beyond the noise known so far."""
+        doubts = {
+            name: {
+                feed
+                for rule in self.rules
+                for feed in rule.doubtful(samples, spreads.get(name))
+            }
+            for name, samples in comparison.samples.items()
         }
-        ordinary = sorted(feed for is_data, feed in beyond if is_data)[:_NOISE_FEEDS]
-        return {0, *ordinary, *(feed for is_data, feed in beyond if not is_data)}
+        return {name: feeds for name, feeds in doubts.items() if feeds}
+
+    def _chosen(self, comparison: Comparison, doubtful: set[int]) -> set[int]:
+        """Some ordinary feeds, always the first, and all hard ones."""
+        ordinary = sorted(feed for feed in doubtful if feed in comparison.data)
+        return {0, *ordinary[:_NOISE_FEEDS], *(doubtful - comparison.data)}
 
     # --- the verdict ------------------------------------------------------------------
 

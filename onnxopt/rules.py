@@ -132,8 +132,8 @@ class Rule(Protocol):
     def judge(self, samples: Sequence[Sample], spread: Spread | None) -> Outcome:
         """The verdict, with the first reason found."""
 
-    def needs_spread(self, samples: Sequence[Sample]) -> bool:
-        """Whether the verdict depends on the reference's own noise."""
+    def doubtful(self, samples: Sequence[Sample], spread: Spread | None) -> set[int]:
+        """Feeds on which more runs of the moved reference could change the verdict."""
 
 
 def structural(samples: Sequence[Sample]) -> str | None:
@@ -175,9 +175,9 @@ class Exact:
                 )
         return Outcome(None, 0.0)
 
-    def needs_spread(self, samples: Sequence[Sample]) -> bool:
-        """Never."""
-        return False
+    def doubtful(self, samples: Sequence[Sample], spread: Spread | None) -> set[int]:
+        """None."""
+        return set()
 
 
 @dataclass(frozen=True)
@@ -202,9 +202,9 @@ class Within:
                 )
         return Outcome(None, None)
 
-    def needs_spread(self, samples: Sequence[Sample]) -> bool:
-        """Never."""
-        return False
+    def doubtful(self, samples: Sequence[Sample], spread: Spread | None) -> set[int]:
+        """None."""
+        return set()
 
 
 @dataclass(frozen=True)
@@ -237,9 +237,9 @@ class Ratio:
                 )
         return Outcome(None, self.decibels)
 
-    def needs_spread(self, samples: Sequence[Sample]) -> bool:
-        """Never."""
-        return False
+    def doubtful(self, samples: Sequence[Sample], spread: Spread | None) -> set[int]:
+        """None."""
+        return set()
 
 
 @dataclass(frozen=True)
@@ -265,11 +265,11 @@ class Floor:
         coarse = table[self.precision] if self.precision != "float32" else 0.0
         return max(own, coarse)
 
-    def needs_spread(self, samples: Sequence[Sample]) -> bool:
-        """Whether some sample is beyond the bound."""
-        return structural(samples) is None and any(
-            self._excess(sample, None) is not None for sample in samples
-        )
+    def doubtful(self, samples: Sequence[Sample], spread: Spread | None) -> set[int]:
+        """Those with a sample beyond what is known of the noise so far."""
+        if structural(samples) is not None:
+            return set()
+        return {s.feed for s in samples if self._excess(s, spread) is not None}
 
     def judge(self, samples: Sequence[Sample], spread: Spread | None) -> Outcome:
         """See the class; the bound is the largest relative one that was applied."""
