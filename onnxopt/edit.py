@@ -24,7 +24,7 @@ from onnx import (
 
 from onnxopt import attributes
 from onnxopt.graph import GraphView, constant_value
-from onnxopt.weights import Array, tensor_bytes
+from onnxopt.weights import Array, attribute_tensors, tensor_bytes
 
 
 class Refused(Exception):  # noqa: N818 - a signal inside this module, not an error
@@ -267,7 +267,7 @@ class _Journal:
                 child.add_captures()
         else:
             view._connect(node)
-        self.bytes += node.ByteSize()
+        self.bytes += _node_bytes(node)
         self.nodes += 1 + _inner_nodes(node)
         self.touched.append((view, node))
 
@@ -282,7 +282,7 @@ class _Journal:
             child.drop_captures()
         del view._nodes[id(node)]
         view._dead[id(node)] = node
-        self.bytes -= node.ByteSize()
+        self.bytes -= _node_bytes(node)
         self.nodes -= 1 + _inner_nodes(node)
 
     def set_input(self, view: GraphView, node: NodeProto, index: int, name: str) -> None:
@@ -327,12 +327,12 @@ class _Journal:
         before = [
             AttributeProto.FromString(a.SerializeToString()) for a in node.attribute
         ]
-        size = node.ByteSize()
+        size = _node_bytes(node)
         kept = [a for a in before if a.name != name]
         if value is not None:
             kept.append(attributes.make(name, value))
         _replace_all(node.attribute, kept)
-        self.bytes += node.ByteSize() - size
+        self.bytes += _node_bytes(node) - size
         self.undo.append(lambda: _replace_all(node.attribute, before))
         self.touched.append((view, node))
 
@@ -507,6 +507,15 @@ def _reads(
     names = [*node.input, *(name for child in children for name in child.captures())]
     found = [(view.home(name), name) for name in names if name]
     return [(home, name) for home, name in found if home is not None]
+
+
+def _node_bytes(node: NodeProto) -> int:
+    """The size of a node with its payloads, wherever they lie."""
+    size = int(node.ByteSize())
+    for tensor in attribute_tensors(node.attribute) if node.attribute else ():
+        if tensor.data_location:
+            size += tensor_bytes(tensor)
+    return size
 
 
 def _inner_nodes(node: NodeProto) -> int:

@@ -169,10 +169,7 @@ class Model:
     def bytes(self) -> int:
         """The size of the whole, structure and weights, wherever they lie."""
         outside = (
-            tensor_bytes(tensor)
-            for view in self.views()
-            for tensor in view.initializers()
-            if tensor.data_location
+            tensor_bytes(tensor) for tensor in tensors(self.proto) if tensor.data_location
         )
         return int(self.proto.ByteSize()) + sum(outside)
 

@@ -10,12 +10,13 @@ so do the large ones of any model that would pass protobuf's limit of 2 GiB.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import io
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,6 +28,7 @@ from onnxopt.model import Model
 from onnxopt.report import Digest, Pair
 from onnxopt.weights import (
     SOURCE,
+    SPILL,
     TYPED_FIELDS,
     Place,
     WeightStore,
@@ -111,7 +113,6 @@ def stage(model: Model, target: Path) -> Staged:
         moved = _moved_outside(shell, model)
         if moved:
             _write_data(staged, moved, model.weights)
-        _inline_inner(shell, model.weights)
         _write_model(staged, shell, model.weights)
         model.weights.check_unchanged()
     except OSError as error:
@@ -219,14 +220,6 @@ def _append(
 # ---- the model file ----
 
 
-def _inline_inner(shell: ModelProto, weights: WeightStore) -> None:
-    """Inline what the streaming writer does not reach: tensors in inner scopes."""
-    outer = len(shell.graph.initializer)  # `tensors` gives these first
-    for tensor in itertools.islice(tensors(shell), outer, None):
-        if _is_internal(tensor):
-            _inline(tensor, weights)
-
-
 def _inline(tensor: TensorProto, weights: WeightStore) -> None:
     payload = weights.read(tensor)
     tensor.ClearField("external_data")
@@ -236,54 +229,60 @@ def _inline(tensor: TensorProto, weights: WeightStore) -> None:
 
 def _write_model(staged: Staged, shell: ModelProto, weights: WeightStore) -> None:
     digest, size = hashlib.sha256(), 0
+    data = shell.SerializeToString(deterministic=True)
     with _create(staged.path) as file:
-        for part in _parts(shell.SerializeToString(deterministic=True)):
-            for chunk in (part,) if isinstance(part, bytes) else weights.chunks(part):
-                file.write(chunk)
-                digest.update(chunk)
-                size += len(chunk)
+        for chunk in _chunks(data, weights):
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
         _sync(file)
     staged.digest = Digest(digest.hexdigest(), staged.digest.data)
     staged.bytes = Pair(size, staged.bytes.data)
 
 
-Part = bytes | TensorProto
-"""A piece of the file: bytes as they are, or a tensor whose payload stands there."""
-
-
-def _parts(data: bytes) -> Iterator[Part]:
+def _chunks(data: bytes, weights: WeightStore) -> Iterator[bytes | memoryview]:
     """The serialized shell with the payloads back in their places."""
-    file = io.BytesIO(data)
-    for field in wire.fields(file, 0, len(data)):
-        if field.number != wire.MODEL_GRAPH:
-            yield data[field.start : field.end]
-            continue
-        parts = list(_graph_parts(file, data, field))
-        length = sum(len(p) if isinstance(p, bytes) else tensor_bytes(p) for p in parts)
-        yield wire.header(wire.MODEL_GRAPH, length)
-        yield from parts
+    file, view = io.BytesIO(data), memoryview(data)
+    for piece in wire.rewrite(
+        file, len(data), _holds_places(data), lambda field: _filled(data, field)
+    ):
+        match piece:
+            case wire.Payload(tensor=tensor):
+                yield from weights.chunks(tensor)
+            case wire.Span(start=start, end=end):
+                yield view[start:end]
+            case bytes():
+                yield piece
 
 
-def _graph_parts(file: BinaryIO, data: bytes, graph: wire.Field) -> Iterator[Part]:
-    copied = graph.value
-    for field in wire.fields(file, graph.value, graph.end):
-        if field.number != wire.GRAPH_INITIALIZER:
-            continue
-        tensor = TensorProto.FromString(data[field.value : field.end])
-        if not _is_internal(tensor):
-            continue
-        yield data[copied : field.start]
-        copied = field.end
-        rest = TensorProto()
-        rest.CopyFrom(tensor)
-        rest.ClearField("external_data")
-        rest.ClearField("data_location")
-        length = tensor_bytes(tensor)
-        head = rest.SerializeToString(deterministic=True)
-        head += wire.header(wire.TENSOR_RAW_DATA, length)
-        yield wire.header(wire.GRAPH_INITIALIZER, len(head) + length) + head
-        yield tensor
-    yield data[copied : graph.end]
+def _holds_places(data: bytes) -> Callable[[wire.Field], bool]:
+    """Whether one of our places is named anywhere in a field, without looking into it."""
+    found = sorted(
+        match.start()
+        for location in (SOURCE, SPILL)
+        for match in re.finditer(re.escape(location.encode()), data)
+    )
+
+    def holds(field: wire.Field) -> bool:
+        index = bisect.bisect_left(found, field.value)
+        return index < len(found) and found[index] < field.end
+
+    return holds
+
+
+def _filled(data: bytes, field: wire.Field) -> list[wire.Piece] | None:
+    """The tensor with its payload inline; None where it does not lie in our places."""
+    tensor = TensorProto.FromString(data[field.value : field.end])
+    if not _is_internal(tensor):
+        return None
+    rest = TensorProto()
+    rest.CopyFrom(tensor)
+    rest.ClearField("external_data")
+    rest.ClearField("data_location")
+    length = tensor_bytes(tensor)
+    head = rest.SerializeToString(deterministic=True)
+    head += wire.header(wire.TENSOR_RAW_DATA, length)
+    return [head, wire.Payload(tensor, length)]
 
 
 # ---- files ----

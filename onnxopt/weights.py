@@ -117,7 +117,7 @@ def tensors(proto: ModelProto) -> Iterator[TensorProto]:
     """Every tensor that can lie outside, initializers of the main graph first."""
     yield from _graph_tensors(proto.graph)
     for function in proto.functions:
-        yield from _attribute_tensors(function.attribute_proto)
+        yield from attribute_tensors(function.attribute_proto)
         yield from _node_tensors(function.node)
     for info in proto.training_info:
         yield from _graph_tensors(info.initialization)
@@ -134,10 +134,11 @@ def _graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:
 def _node_tensors(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
     for node in nodes:
         if node.attribute:
-            yield from _attribute_tensors(node.attribute)
+            yield from attribute_tensors(node.attribute)
 
 
-def _attribute_tensors(attributes: Iterable[AttributeProto]) -> Iterator[TensorProto]:
+def attribute_tensors(attributes: Iterable[AttributeProto]) -> Iterator[TensorProto]:
+    """Every tensor in attributes, those of inner graphs included."""
     for attribute in attributes:
         if attribute.HasField("t"):
             yield attribute.t

@@ -1,9 +1,10 @@
 """Reading a model file without its weights: a scanner of the protobuf wire format.
 
 `skeleton(file)` copies a model file except for the payloads (`raw_data`) of its large
-initializers, which stay in the file and are named by offset and length. So a model is
-parsed in the memory that its structure needs, however large its weights are, and
-nothing is freed in vain: a protobuf arena keeps what was cleared.
+tensors, initializers and Constants alike, which stay in the file and are named by offset
+and length. So a model is parsed in the memory that its structure needs, however large
+its weights are, and nothing is freed in vain: a protobuf arena keeps what was cleared.
+`rewrite` is the same walk for whoever puts the payloads back.
 
 Source: https://protobuf.dev/programming-guides/encoding (wire types 0, 1, 2, 5), and
 the field numbers of onnx.proto.
@@ -11,7 +12,7 @@ the field numbers of onnx.proto.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from google.protobuf.message import Message
@@ -19,12 +20,20 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from onnx import StringStringEntryProto, TensorProto
 
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
-MODEL_GRAPH = 7
-GRAPH_INITIALIZER = 5
 TENSOR_RAW_DATA = 9
 TENSOR_EXTERNAL_DATA = 13
 TENSOR_DATA_LOCATION = 14
 _PAYLOAD_ELSEWHERE = (TENSOR_RAW_DATA, TENSOR_EXTERNAL_DATA, TENSOR_DATA_LOCATION)
+_INNER = {
+    # message: field number -> the message in it, on the way to tensors
+    "model": {7: "graph", 25: "function"},
+    "graph": {1: "node", 5: "tensor"},
+    "function": {7: "node"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph"},
+}
+MAX_DEPTH = 100
+"""Messages within messages: protobuf itself takes no more."""
 MIN_PAYLOAD = 4096
 """Smaller payloads stay inline: shape inference wants them, and they cost nothing."""
 
@@ -130,18 +139,81 @@ def _unknown(field: Any) -> bytes:
     return b""  # a group: nothing writes them any more
 
 
-def _read(file: BinaryIO, start: int, end: int) -> bytes:
-    file.seek(start)
-    data = file.read(end - start)
-    if len(data) != end - start:
-        raise WireError("the file ends early")
-    return data
+class Span(NamedTuple):
+    """A piece of a rewritten message: bytes [start, end) of the file, as they are."""
+
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.end - self.start
 
 
-def _slim_initializer(file: BinaryIO, field: Field, location: str) -> bytes | None:
-    """The initializer with its payload left in the file; None where it has none."""
+class Payload(NamedTuple):
+    """A piece of a rewritten message: the payload of a tensor, wherever it lies."""
+
+    tensor: TensorProto
+    size: int
+
+
+Piece = bytes | Span | Payload
+Change = Callable[[Field], "list[Piece] | None"]
+
+
+def length(pieces: Iterable[Piece]) -> int:
+    """Bytes of all pieces together."""
+    return sum(len(piece) if isinstance(piece, bytes) else piece.size for piece in pieces)
+
+
+def rewrite(
+    file: BinaryIO, size: int, wanted: Callable[[Field], bool], change: Change
+) -> list[Piece]:
+    """The model in `file` with some of its tensors written anew, in pieces.
+
+    `change` gives the new body of a tensor, None where it stays; only fields that are
+    `wanted` are looked into. Raises WireError where the file is not a message.
+    """
+    made = _rewrite(file, "model", Span(0, size), wanted, change, 0)
+    return [Span(0, size)] if made is None else made
+
+
+def _rewrite(
+    file: BinaryIO,
+    kind: str,
+    span: Span,
+    wanted: Callable[[Field], bool],
+    change: Change,
+    depth: int,
+) -> list[Piece] | None:
+    """The message of a kind in `span`, None where nothing in it changes."""
+    if depth > MAX_DEPTH:
+        raise WireError("messages are nested too deeply")
+    pieces: list[Piece] = []
+    copied = span.start  # everything before it is in `pieces`
+    for field in fields(file, span.start, span.end):
+        inner = _INNER[kind].get(field.number)
+        if inner is None or field.wire_type != LENGTH or not wanted(field):
+            continue
+        if inner == "tensor":
+            body = change(field)
+        else:
+            body = _rewrite(
+                file, inner, Span(field.value, field.end), wanted, change, depth + 1
+            )
+        if body is not None:
+            pieces.append(Span(copied, field.start))
+            pieces.append(header(field.number, length(body)))
+            pieces += body
+            copied = field.end
+    return [*pieces, Span(copied, span.end)] if pieces else None
+
+
+def _slim_tensor(file: BinaryIO, field: Field, location: str) -> list[Piece] | None:
+    """The tensor with its payload left in the file; None where it has none."""
     payload: Field | None = None
-    kept = bytearray()
+    kept: list[Piece] = []
     for inner in fields(file, field.value, field.end):
         if inner.number == TENSOR_RAW_DATA and payload is None:
             payload = inner
@@ -150,38 +222,34 @@ def _slim_initializer(file: BinaryIO, field: Field, location: str) -> bytes | No
         elif inner.end - inner.start > MIN_PAYLOAD:
             return None
         else:
-            kept += _read(file, inner.start, inner.end)
+            kept.append(Span(inner.start, inner.end))
     if payload is None or payload.wire_type != LENGTH:
         return None
-    kept += external_entries(location, payload.value, payload.end - payload.value)
-    return header(GRAPH_INITIALIZER, len(kept)) + bytes(kept)
+    size = payload.end - payload.value
+    return [*kept, external_entries(location, payload.value, size)]
 
 
-def _slim_graph(file: BinaryIO, graph: Field, location: str) -> bytes:
-    out = bytearray()
-    copied = graph.value  # everything before this offset is already in `out`
-    for field in fields(file, graph.value, graph.end):
-        large = field.end - field.value >= MIN_PAYLOAD
-        if field.number != GRAPH_INITIALIZER or field.wire_type != LENGTH or not large:
-            continue
-        slim = _slim_initializer(file, field, location)
-        if slim is not None:
-            out += _read(file, copied, field.start) + slim
-            copied = field.end
-    return bytes(out) + _read(file, copied, graph.end)
-
-
-def skeleton(file: BinaryIO, size: int, location: str) -> bytes:
+def skeleton(file: BinaryIO, size: int, location: str) -> bytearray:
     """A serialized ModelProto equal to the one in `file`, less the large payloads.
 
     Each payload is replaced by external_data entries: `location` as given, offset and
     length (bytes) in `file`. Raises WireError where the file is not a message.
     """
-    out = bytearray()
-    for field in fields(file, 0, size):
-        if field.number == MODEL_GRAPH and field.wire_type == LENGTH:
-            slim = _slim_graph(file, field, location)
-            out += header(MODEL_GRAPH, len(slim)) + slim
-        else:
-            out += _read(file, field.start, field.end)
-    return bytes(out)
+    pieces = rewrite(
+        file,
+        size,
+        lambda field: field.end - field.value >= MIN_PAYLOAD,
+        lambda field: _slim_tensor(file, field, location),
+    )
+    made = bytearray(length(pieces))
+    view, at = memoryview(made), 0
+    for piece in pieces:
+        if isinstance(piece, bytes):
+            view[at : at + len(piece)] = piece
+            at += len(piece)
+        elif isinstance(piece, Span):
+            file.seek(piece.start)
+            if file.readinto(view[at : at + piece.size]) != piece.size:  # type: ignore[attr-defined]
+                raise WireError("the file ends early")
+            at += piece.size
+    return made

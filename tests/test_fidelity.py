@@ -598,6 +598,18 @@ def function_overloads(model: ModelProto) -> None:
 
 
 @feature
+def large_constants_of_functions_and_branches(model: ModelProto) -> None:
+    """Their payloads are left in the file, and stream into the copy."""
+    values = numpy_helper.from_array(np.arange(3000.0), "a name inside")
+    constant = helper.make_node("Constant", [], ["k"], value=values, doc_string="large")
+    product = helper.make_node("Mul", ["a", "k"], ["t"])
+    add_function(model, "with_constant", constant, product)
+    inner = branch("holds", helper.make_node("Odd", ["r"], ["o1"], domain=CUSTOM))
+    inner.node[0].attribute.append(helper.make_attribute("large", values))
+    add_if(model, inner, branch("tan", helper.make_node("Tan", ["r"], ["t1"])))
+
+
+@feature
 def functions_that_call_functions(model: ModelProto) -> None:
     add_function(model, "callee", helper.make_node("Neg", ["a"], ["t"]))
     call = helper.make_node("callee", ["a"], ["t"], domain=CUSTOM)

@@ -310,6 +310,18 @@ def test_weights_outside_stay_outside(tmp_path: Path) -> None:
     assert_equal(run(tmp_path / "out" / "m.onnx", x()), expected)
 
 
+def test_large_constants_keep_their_payload() -> None:
+    values = numpy_helper.from_array(np.arange(2000, dtype=np.float32).reshape(4, 500))
+    nodes = [
+        make_node("Constant", [], ["w"], value=values),
+        make_node("ReduceSum", ["x"], ["s"], axes=[1], keepdims=0),
+        make_node("MatMul", ["s", "w"], ["y"]),
+    ]
+    source = make_model(nodes, opset=11)
+    assert Model.open(source).proto.ByteSize() < 2000
+    assert_equal(run(raised(source, 17), x()), run(source, x()))
+
+
 def function_of(op_type: str, **attributes: Any) -> FunctionProto:
     return helper.make_function(
         "local",

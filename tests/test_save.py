@@ -19,6 +19,7 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+import onnxopt
 import onnxopt.model
 from onnxopt import save, wire
 from onnxopt.edit import Edit
@@ -332,6 +333,20 @@ def test_large_weights_go_outside_where_they_must(tmp_path: Path) -> None:
     proto = onnx.load(tmp_path / "out.onnx", load_external_data=False)
     assert [t.name for t in proto.graph.initializer if place(t)] == ["w"]
     assert loaded(tmp_path / "out.onnx") == make_model()
+
+
+def test_a_constant_that_becomes_a_weight_is_no_growth() -> None:
+    """What lies outside counts wherever it is named from."""
+    values = numpy_helper.from_array(np.zeros((1000, 1000), np.float32), "")
+    proto = make_model()
+    proto.graph.node.append(helper.make_node("Constant", [], ["k"], value=values))
+    proto.graph.node.append(helper.make_node("Odd", ["k"], ["o"], domain="odd"))
+    proto.opset_import.add(domain="odd", version=1)
+    result = onnxopt.optimize(proto, validate=False)
+    (entry,) = [item for item in result.report.passes if item.edits]
+    assert (entry.name, entry.edits) == ("fold-constants", 1)
+    assert abs(entry.bytes) < 100
+    assert Model.open(proto).bytes() > 4_000_000
 
 
 @pytest.mark.usefixtures("low_limit")

@@ -24,9 +24,10 @@ from onnxopt import wire
 from onnxopt.errors import OnnxoptError
 from onnxopt.model import Model
 from onnxopt.save import stage
-from onnxopt.weights import place
+from onnxopt.weights import place, tensors
 
 LARGE = wire.MIN_PAYLOAD + 1
+MODEL_GRAPH, GRAPH_INITIALIZER = 7, 5
 LOCATION = "\0here"
 EXTRA = b"\xfa\x3f\x03new\xf8\x3f\x85\x01\xfd\x3f1234\xf9\x3f12345678"
 """Fields that onnx does not know, one of each wire type."""
@@ -35,7 +36,7 @@ EXTRA = b"\xfa\x3f\x03new\xf8\x3f\x85\x01\xfd\x3f1234\xf9\x3f12345678"
 def scan(data: bytes) -> ModelProto:
     """The skeleton of the file, with every payload left out put back."""
     proto = ModelProto.FromString(wire.skeleton(io.BytesIO(data), len(data), LOCATION))
-    for tensor in proto.graph.initializer:
+    for tensor in tensors(proto):
         where = place(tensor)
         if where is not None and where.location == LOCATION:
             assert where.length is not None
@@ -46,9 +47,9 @@ def scan(data: bytes) -> ModelProto:
 
 
 def left_out(data: bytes) -> list[str]:
-    """The initializers whose payload the skeleton leaves in the file."""
+    """The tensors whose payload the skeleton leaves in the file."""
     proto = ModelProto.FromString(wire.skeleton(io.BytesIO(data), len(data), LOCATION))
-    return [t.name for t in proto.graph.initializer if place(t) is not None]
+    return [tensor.name for tensor in tensors(proto) if place(tensor) is not None]
 
 
 def same(data: bytes) -> bool:
@@ -68,9 +69,9 @@ def weight(name: str, size: int = LARGE) -> TensorProto:
 def model_bytes(*initializers: bytes, before: bytes = b"", after: bytes = b"") -> bytes:
     """A serialized model around initializers that are serialized already."""
     graph = GraphProto(name="g").SerializeToString()
-    graph += b"".join(field(wire.GRAPH_INITIALIZER, item) for item in initializers)
+    graph += b"".join(field(GRAPH_INITIALIZER, item) for item in initializers)
     model = ModelProto(ir_version=10, doc_string="d").SerializeToString()
-    return before + model + field(wire.MODEL_GRAPH, graph) + after
+    return before + model + field(MODEL_GRAPH, graph) + after
 
 
 # ---- nothing is lost ----
@@ -122,6 +123,32 @@ def test_unknown_fields_of_a_parsed_message() -> None:
     assert wire.unknown_fields(NodeProto(name="x")) == b""
 
 
+def constant(name: str) -> NodeProto:
+    return helper.make_node("Constant", [], [f"{name}_out"], value=weight(name))
+
+
+def test_weights_of_nodes_in_every_scope_stay_in_the_file_too() -> None:
+    inner = GraphProto(name="inner", node=[constant("inside"), constant("inside 2")])
+    inner.initializer.append(weight("of the branch"))
+    proto = ModelProto(ir_version=10, doc_string="d")
+    proto.graph.initializer.append(weight("outer"))
+    proto.graph.node.append(constant("in a node"))
+    owner = helper.make_node("Odd", ["a"], ["b"], body=inner, many=[inner, inner])
+    owner.attribute.append(helper.make_attribute("tensors", [weight("t1"), weight("t2")]))
+    owner.attribute[0].doc_string = "about the attribute"
+    owner.MergeFromString(EXTRA)
+    proto.graph.node.append(owner)
+    proto.graph.node.append(helper.make_node("Relu", ["b"], ["c"]))
+    proto.functions.add(name="f", doc_string="d").node.append(constant("of a function"))
+    data = proto.SerializeToString()
+    branch = ["of the branch", "inside", "inside 2"]
+    assert left_out(data) == [
+        *("outer", "in a node", *branch, *branch, *branch, "t1", "t2", "of a function")
+    ]
+    assert same(data)
+    assert len(wire.skeleton(io.BytesIO(data), len(data), LOCATION)) < LARGE
+
+
 @pytest.mark.parametrize(
     "twist",
     [
@@ -146,9 +173,7 @@ def test_odd_initializers_are_left_to_the_parser(twist: bytes) -> None:
 
 def test_a_graph_in_two_pieces_is_merged_as_protobuf_does() -> None:
     first, second = weight("a").SerializeToString(), weight("b").SerializeToString()
-    data = model_bytes(first) + field(
-        wire.MODEL_GRAPH, field(wire.GRAPH_INITIALIZER, second)
-    )
+    data = model_bytes(first) + field(MODEL_GRAPH, field(GRAPH_INITIALIZER, second))
     assert left_out(data) == ["a", "b"]
     assert same(data)
 
@@ -172,6 +197,11 @@ def test_only_what_is_needed_is_read() -> None:
             data = super().read(size)
             self.total += len(data)
             return data
+
+        def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]
+            count = super().readinto(buffer)
+            self.total += count
+            return count
 
     data = model_bytes(weight("w", 10_000_000).SerializeToString())
     file = Counting(data)
@@ -293,7 +323,7 @@ def test_files_with_bytes_put_in_and_taken_out(
 @given(st.binary(max_size=200))
 def test_any_bytes(tmp_path: Path, data: bytes) -> None:
     survives(data, tmp_path)
-    survives(field(wire.MODEL_GRAPH, data), tmp_path)
+    survives(field(MODEL_GRAPH, data), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -331,16 +361,18 @@ def test_malformed_fields_are_noticed_within_a_longer_file(data: bytes) -> None:
 
 def test_a_file_of_many_tiny_fields_is_read_in_time(tmp_path: Path) -> None:
     assert not survives(b"\x08\x01" * 100_000, tmp_path)
-    survives(field(wire.MODEL_GRAPH, b"\x0a\x00" * 50_000), tmp_path)
+    survives(field(MODEL_GRAPH, b"\x0a\x00" * 50_000), tmp_path)
 
 
-def test_deep_nesting_is_refused(tmp_path: Path) -> None:
-    graph = GraphProto(name="g").SerializeToString()
-    for _ in range(200):
+@pytest.mark.parametrize("size", [0, LARGE])
+@pytest.mark.parametrize("depth", [200, 2000])
+def test_deep_nesting_is_refused(tmp_path: Path, size: int, depth: int) -> None:
+    graph = GraphProto(name="g", initializer=[weight("w", size)]).SerializeToString()
+    for _ in range(depth):
         attribute = b"\x0a\x01b\xa0\x01\x05" + field(6, graph)
         node = b"\x22\x02If" + field(5, attribute)
         graph = field(1, node)
-    assert not survives(field(wire.MODEL_GRAPH, graph), tmp_path)
+    assert not survives(field(MODEL_GRAPH, graph), tmp_path)
 
 
 def test_a_payload_that_ends_past_the_file_is_refused(tmp_path: Path) -> None:

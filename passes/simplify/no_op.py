@@ -25,6 +25,7 @@ from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
 from onnxopt.manager import Context, Pass
 from onnxopt.report import Guarantee
+from onnxopt.weights import tensor_bytes
 
 MAX_SCAN = 1 << 20
 """Larger constants (bytes) are not read just to see whether they are all 0 or 1."""
@@ -109,7 +110,7 @@ def _neutral(value: int, *, either: bool) -> Rule:
 
 def _is_all(graph: GraphView, name: str, value: int) -> bool:
     tensor = graph.weight(name)
-    if tensor is None or tensor.ByteSize() > MAX_SCAN:
+    if tensor is None or tensor_bytes(tensor) > MAX_SCAN:
         return False
     array = graph.array(name)
     if array is None or array.nbytes > MAX_SCAN or array.dtype == object:
