@@ -8,8 +8,10 @@ onnx.checker passes; what it cannot load, or what is not safe to read, does not.
 from __future__ import annotations
 
 import functools
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
 from onnx import (
@@ -28,6 +30,8 @@ from onnxopt.weights import PACKED_BITS, elements, payload_bytes, place
 
 MAX_BYTES = 1 << 46
 """No tensor is larger than this (64 TiB): dims beyond are garbage, or a bomb."""
+MAX_INLINED = 1_000_000
+"""No more nodes may come of all calls of local functions: ONNX Runtime inlines them."""
 
 _TYPED_FIELD: dict[int, tuple[str, int]] = {
     TensorProto.FLOAT: ("float_data", 1),
@@ -48,11 +52,31 @@ def check_proto(proto: ModelProto) -> None:
     _check_functions(proto)
     for graph in _graphs(proto.graph):
         _check_graph(graph)
-    versions = {entry.domain: entry.version for entry in proto.opset_import}
     calls = {(function.domain, function.name) for function in proto.functions}
-    for graph in (proto.graph, *proto.functions):
-        for node in _all_nodes(graph.node):
+    for nodes, imports in (
+        (proto.graph.node, proto.opset_import),
+        *((function.node, function.opset_import) for function in proto.functions),
+    ):
+        versions = {entry.domain: entry.version for entry in imports}
+        for node in _all_nodes(nodes):
             _check_node(node, versions, calls)
+
+
+def drop_duplicates(proto: ModelProto) -> list[str]:
+    """Keep the last of several initializers of one name, as ONNX Runtime does.
+
+    What is returned says so, for each.
+    """
+    notes = []
+    for graph in _graphs(proto.graph):
+        seen: set[str] = set()
+        for index in range(len(graph.initializer) - 1, -1, -1):
+            name = graph.initializer[index].name
+            if name in seen:
+                notes.append(f"initializer {name!r} was there twice; the last one counts")
+                del graph.initializer[index]
+            seen.add(name)
+    return notes
 
 
 def trained_names(proto: ModelProto) -> set[str]:
@@ -85,7 +109,7 @@ def _check_versions(proto: ModelProto) -> None:
 
 
 def _check_functions(proto: ModelProto) -> None:
-    """No two functions share a name, and none calls itself."""
+    """No two functions share a name, none calls itself, and they do not explode."""
     functions: dict[tuple[str, str, str], FunctionProto] = {}
     _check_text((entry.domain for entry in proto.opset_import), "opset imports")
     for function in proto.functions:
@@ -96,20 +120,38 @@ def _check_functions(proto: ModelProto) -> None:
             raise InvalidModelError(f"function {key[0]}::{key[1]} is defined twice")
         functions[key] = function
     calls = {
-        key: {
+        key: Counter(
             (node.domain, node.op_type, node.overload)
             for node in _all_nodes(function.node)
-        }
-        & functions.keys()
+        )
         for key, function in functions.items()
     }
-    done: set[tuple[str, str, str]] = set()
-    while ready := [key for key in calls if key not in done and calls[key] <= done]:
-        done.update(ready)
-    if circular := [key for key in calls if key not in done]:
+    sizes: dict[tuple[str, str, str], int] = {}
+    while ready := [
+        key for key in calls.keys() - sizes if calls[key].keys() & calls <= sizes.keys()
+    ]:
+        for key in ready:
+            sizes[key] = _inlined(calls[key], sizes)
+    if circular := [key for key in calls if key not in sizes]:
         raise InvalidModelError(
             f"function {circular[0][0]}::{circular[0][1]} calls itself, or one that does"
         )
+    called = Counter(
+        (node.domain, node.op_type, node.overload)
+        for node in _all_nodes(proto.graph.node)
+    )
+    if (total := _inlined(called, sizes)) > max(MAX_INLINED, called.total()):
+        raise InvalidModelError(
+            f"the model's local functions call each other so often that {total:,} nodes "
+            f"come of it (at most {MAX_INLINED:,})"
+        )
+
+
+def _inlined(
+    calls: Counter[tuple[str, str, str]], sizes: dict[tuple[str, str, str], int]
+) -> int:
+    """How many nodes come of nodes, counted by what they call."""
+    return sum(count * sizes.get(key, 1) for key, count in calls.items())
 
 
 def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
@@ -162,7 +204,7 @@ def _check_tensor(tensor: TensorProto, what: str) -> None:
         raise InvalidModelError(f"{what} has negative dims {list(tensor.dims)}")
     count = elements(tensor)
     wanted = payload_bytes(tensor.data_type, count)
-    if wanted > MAX_BYTES or count > MAX_BYTES:
+    if wanted > MAX_BYTES or math.prod(dim for dim in tensor.dims if dim) > MAX_BYTES:
         raise InvalidModelError(f"{what} has absurd dims {list(tensor.dims)}")
     if place(tensor) is not None:
         if tensor.data_type == TensorProto.STRING:
@@ -206,11 +248,14 @@ def _check_node(
     _check_text(names, f"node {label!r}")
     if not node.op_type:
         raise InvalidModelError(f"node {label!r} has no operator type")
-    if not node.attribute:
-        return
     standard = node.domain in ("", "ai.onnx") and (node.domain, node.op_type) not in calls
     version = versions.get("", versions.get("ai.onnx", 0))
-    kinds = _attribute_kinds(node.op_type, version) if standard else {}
+    form = _form(node.op_type, version) if standard else None
+    if form is not None:
+        _check_arity(node, form, f"node {label!r} ({node.op_type})")
+    if not node.attribute:
+        return
+    kinds = form.attributes if form is not None else {}
     seen: set[str] = set()
     for attribute in node.attribute:
         where = f"node {label!r} ({node.op_type}): attribute {attribute.name!r}"
@@ -219,7 +264,7 @@ def _check_node(
             raise InvalidModelError(f"{where} has no name or is there twice")
         seen.add(attribute.name)
         kind = kinds.get(attribute.name)
-        if kind is not None and attribute.type not in (kind, AttributeProto.UNDEFINED):
+        if kind is not None and attribute.type != kind:
             raise InvalidModelError(
                 f"{where} is of type {_type_name(attribute.type)}, not {_type_name(kind)}"
             )
@@ -238,16 +283,48 @@ def _check_payloads(attribute: AttributeProto, where: str) -> None:
         _check_sparse(sparse, where)
 
 
+class _Form(NamedTuple):
+    """What a standard operator's schema says of its nodes."""
+
+    inputs: tuple[int, int]
+    outputs: tuple[int, int]
+    required: tuple[bool, ...]
+    attributes: dict[str, int]
+
+
+def _check_arity(node: NodeProto, form: _Form, where: str) -> None:
+    for names, (least, most), what in (
+        (node.input, form.inputs, "inputs"),
+        (node.output, form.outputs, "outputs"),
+    ):
+        if not least <= len(names) <= most:
+            count = f"{least}" if least == most else f"{least} to {most}"
+            count = f"{least} or more" if most > 1000 else count
+            raise InvalidModelError(f"{where}: it has {len(names)} {what}, not {count}")
+    for index, (name, required) in enumerate(
+        zip(node.input, form.required, strict=False)
+    ):
+        if required and not name:
+            raise InvalidModelError(f"{where}: input {index} is not optional")
+
+
 @functools.cache
-def _attribute_kinds(op_type: str, version: int) -> dict[str, int]:
+def _form(op_type: str, version: int) -> _Form | None:
+    """None for operators that onnx does not know."""
     if not version or not onnx.defs.has(op_type):
-        return {}
+        return None
     try:
         schema = onnx.defs.get_schema(op_type, version)
     except onnx.defs.SchemaError:
-        return {}
+        return None
     kinds: Any = schema.attributes
-    return {name: int(item.type.value) for name, item in kinds.items()}
+    single = onnx.defs.OpSchema.FormalParameterOption.Single
+    return _Form(
+        inputs=(schema.min_input, schema.max_input),
+        outputs=(schema.min_output, schema.max_output),
+        required=tuple(formal.option == single for formal in schema.inputs),
+        attributes={name: int(item.type.value) for name, item in kinds.items()},
+    )
 
 
 def _type_name(kind: int) -> str:

@@ -25,6 +25,7 @@ def report(source: str, made: Report, verbose: int) -> Iterator[Block]:
         yield _sizes(made.source, made.output)
         yield ""
         yield from _passes(made.passes, verbose)
+        yield ""
     for note in made.notes:
         yield f"note: {note}"
     if made.validation is None:

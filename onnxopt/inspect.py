@@ -307,7 +307,9 @@ def _axis(
     if axis is None:
         return None, None
     size = item.tensor.dims[axis]
-    return size, int(found.channels[axis].sum()) if found is not None else None
+    if found is None or axis not in found.channels:
+        return size, None
+    return size, int(found.channels[axis].sum())
 
 
 __all__ = ["Channels", "Inspection", "Sparsity", "Storage", "Value", "Weight", "inspect"]

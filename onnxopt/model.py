@@ -46,6 +46,7 @@ class Model:
         self.shapes = Shapes(self)
         self._sequence = itertools.count(-(1 << 60))
         self._functions = {_key(function): function for function in proto.functions}
+        self.notes += checks.drop_duplicates(proto)
         checks.check_proto(proto)
         self.main = GraphView(self, proto.graph, "main")
         self.functions = [
@@ -93,7 +94,12 @@ class Model:
             raise UsageError(f"cannot read {path}: {error.strerror}") from None
         weights = WeightStore(folder or path.parent, path)
         weights.add_source(SOURCE, file, str(path))
-        return cls(_parse(file, str(path)), weights)
+        proto = _parse(file, str(path))
+        try:
+            return cls(proto, weights)
+        except InvalidModelError as error:
+            hint = "mend it or export it again"
+            raise InvalidModelError(f"{path}: {error}; {hint}") from None
 
     @classmethod
     def _from_proto(cls, proto: ModelProto, folder: Path | None) -> Model:
@@ -188,7 +194,8 @@ def _parse(file: BinaryIO, label: str) -> ModelProto:
         proto.ParseFromString(wire.skeleton(file, size, SOURCE))
     except (wire.WireError, DecodeError, ValueError):
         raise InvalidModelError(
-            f"{label} is not an ONNX model, or is cut short ({size:,} bytes)"
+            f"{label} is not an ONNX model, or is cut short ({size:,} bytes): "
+            "copy or export it again"
         ) from None
     if not proto.HasField("graph"):
         raise InvalidModelError(f"{label} is not an ONNX model: it has no graph")

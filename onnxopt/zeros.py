@@ -57,6 +57,8 @@ def count(
     if tensor.data_type in _UNCOUNTED:
         return None
     total, nonzero, start = elements(tensor), 0, 0
+    if not total:
+        return Zeros(0, 0, {})
     watches = {axis: _Axis(list(tensor.dims), axis) for axis in axes}
     for chunk in weights.chunks(tensor):
         mask = _nonzero(chunk, tensor.data_type, zero)[: total - start]
@@ -124,7 +126,8 @@ def _nonzero(data: bytes, data_type: int, zero: int) -> Mask:
 
 
 def _differs(values: npt.NDArray[Any], zero: int) -> Mask:
-    return np.not_equal(values, zero)
+    mask: Mask = np.not_equal(values, zero)
+    return mask
 
 
 def _nonzero_nibbles(data: bytes, data_type: int, zero: int) -> Mask:
