@@ -21,7 +21,6 @@ from onnx import (
 
 from onnxopt.errors import InvalidModelError, UsageError
 from onnxopt.model import Model
-from onnxopt.weights import place
 
 
 def freeze_inputs(model: Model) -> Model:
@@ -212,8 +211,6 @@ def _attribute(
     elif after.type == before.type == AttributeProto.GRAPHS:
         for ours, theirs in zip(made.graphs, after.graphs, strict=True):
             _take_over(ours, theirs, listed)
-    elif before.HasField("t") and place(before.t) is not None:
-        pass  # the converter does not carry the place of a payload
     elif not _is_same(_bare(before), _bare(after)):
         return after
     return made
