@@ -76,8 +76,7 @@ class Cli(click.Group):
             with _signals():
                 code = super().main(args, prog_name or "onnxopt", **extra)
         except KeyboardInterrupt as interrupt:
-            say("terminated" if isinstance(interrupt, Terminated) else "interrupted")
-            code = 143 if isinstance(interrupt, Terminated) else 130
+            code = _stopped(interrupt)
         except Exception as error:  # noqa: BLE001 - the boundary: each has its exit code
             code = _failed(error)
         _flush()
@@ -104,6 +103,12 @@ def _to_stderr(text: str) -> None:
         click.echo(clean(" ".join(text.split())), err=True)
 
 
+def _stopped(interrupt: BaseException | None) -> int:
+    terminated = isinstance(interrupt, Terminated)
+    say("terminated" if terminated else "interrupted")
+    return 143 if terminated else 130
+
+
 def _failed(error: Exception) -> int:
     match error:
         case click.exceptions.NoArgsIsHelpError():
@@ -112,9 +117,8 @@ def _failed(error: Exception) -> int:
         case click.ClickException():
             say(_click_text(error))
             return 2
-        case click.exceptions.Abort():
-            say("interrupted")
-            return 130
+        case click.exceptions.Abort():  # click's own form of an interrupt
+            return _stopped(error.__cause__)
         case OnnxoptError():
             say(str(error))
             return error.exit_code
