@@ -20,7 +20,7 @@ from onnxopt.rules import Floor, Outcome, Rule, Sample, Spread
 from onnxopt.runtime import Level, Session, SessionSpec, Worker
 from onnxopt.spread import MovedModels, SpreadMeasure
 from onnxopt.ties import TieBreak
-from onnxopt.verdict import Question, Verdict, is_cpu, output_check
+from onnxopt.verdict import Verdict, Workers, is_cpu, output_check
 from onnxopt.walk import NumberedFeed, blamed, numbered, samples_of
 
 # Feeds on which the reference's own noise is measured.
@@ -62,13 +62,14 @@ class LevelCheck:
 
     def __init__(
         self,
-        question: Question,
         moved: MovedModels,
+        workers: Workers,
         provider: str,
         level: Level,
         feeds: Feeds,
     ) -> None:
-        self.question, self.moved = question, moved
+        question = moved.question
+        self.question, self.moved, self.workers = question, moved, workers
         self.provider, self.level, self.feeds = provider, level, feeds
         self.rules = question.rules(moved.facts, provider, level)
         self.hard = question.exact and isinstance(feeds, GeneratedFeeds)
@@ -84,20 +85,18 @@ class LevelCheck:
 
     def into(self, verdict: Verdict) -> None:
         """Run it. Raises ProviderError and the WorkerErrors that are nobody's verdict."""
+        left, right = self.workers.reference, self.workers.candidate
+        try:
+            with blamed("reference"):
+                reference = left.load(self.question.reference, self.spec)
+        except (SessionError, WorkerMemoryError) as error:
+            reason = str(error)
+            verdict.checks.append(Check(self.provider, self.level, "not_run", reason, []))
+            return
         with contextlib.ExitStack() as stack:
-            left = stack.enter_context(self.question.worker())
-            right = stack.enter_context(self.question.worker())
-            try:
-                with blamed("reference"):
-                    reference = left.load(self.question.reference, self.spec)
-            except (SessionError, WorkerMemoryError) as error:
-                reason = str(error)
-                verdict.checks.append(
-                    Check(self.provider, self.level, "not_run", reason, [])
-                )
-                return
             comparison = self._compare(reference, right, self._cpu_reference(stack))
-            spreads = self._spreads(comparison, reference, right)
+        spreads = self._spreads(comparison, reference, right)
+        reference.close()
         outputs = self._outputs(comparison, spreads)
         outputs = self._without_ties(comparison, outputs, verdict)
         self._conclude(verdict, comparison, outputs)
@@ -127,13 +126,11 @@ class LevelCheck:
             return comparison
         missing = _missing_output(reference, candidate)
         if missing is not None:
-            comparison.failure = f"the candidate has no output {missing!r}"
-            return comparison
-        for at in numbered(self.feeds, self.hard):
+            comparison.failure = f"has no output {missing!r}"
+        for at in () if missing else numbered(self.feeds, self.hard):
             if not self._compare_feed(comparison, at, reference, candidate, cpu):
                 break
-        with blamed("candidate"):
-            candidate.close()
+        candidate.close()
         return comparison
 
     def _compare_feed(

@@ -7,6 +7,7 @@ says what the numbers mean and where they come from.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -36,10 +37,19 @@ from onnxopt.generate import batched
 from onnxopt.levelcheck import LevelCheck
 from onnxopt.metrics import compare
 from onnxopt.report import Check, LevelDifference, Validation
-from onnxopt.runtime import Session, available_providers, provider_name
+from onnxopt.runtime import Session, Worker, available_providers, provider_name
 from onnxopt.spread import MovedModels
-from onnxopt.verdict import LEVELS, AbsentProviderError, Budget, Question, Verdict
+from onnxopt.verdict import (
+    LEVELS,
+    AbsentProviderError,
+    Budget,
+    Question,
+    Verdict,
+    Workers,
+)
 from onnxopt.walk import blamed
+
+log = logging.getLogger("onnxopt.validate")
 
 __all__ = ["AbsentProviderError", "Budget", "judge"]
 
@@ -157,45 +167,55 @@ def _judge_provider(
     required: Collection[str],
 ) -> None:
     question = verdict.question
-    try:
-        settled = _settle(verdict, provider, feeds)
-    except ProviderError as error:
-        # Listed by onnxruntime, yet its sessions run elsewhere: no usable GPU.
-        _not_used(verdict, provider, str(error), required)
-        return
-    except (SessionError, WorkerMemoryError) as error:
-        verdict.not_run(provider, str(error))
-        return
-    for level in LEVELS:
-        LevelCheck(question, moved, provider, level, settled).into(verdict)
-    for side, path in (
-        ("reference", question.reference),
-        ("candidate", question.candidate),
-    ):
-        verdict.differences += _level_differences(question, provider, side, path, settled)
-    if question.budget.metric is not None:
-        _judge_metric(verdict, provider, question.budget.metric)
+    with question.worker() as left, question.worker() as right:
+        workers = Workers(left, right)
+        try:
+            settled = _settle(verdict, left, provider, feeds)
+        except ProviderError as error:
+            # Listed by onnxruntime, yet its sessions run elsewhere: no usable GPU.
+            _not_used(verdict, provider, str(error), required)
+            return
+        except (SessionError, WorkerMemoryError) as error:
+            verdict.not_run(provider, str(error))
+            return
+        for level in LEVELS:
+            LevelCheck(moved, workers, provider, level, settled).into(verdict)
+        _add_level_differences(verdict, workers, provider, settled)
+        if question.budget.metric is not None:
+            _judge_metric(verdict, workers, provider, question.budget.metric)
 
 
 # --- feeds that run -----------------------------------------------------------------
 
 
-def _settle(verdict: Verdict, provider: str, feeds: Feeds) -> Feeds:
+def _settle(verdict: Verdict, worker: Worker, provider: str, feeds: Feeds) -> Feeds:
     """Feeds that the reference accepts: sizes of symbolic dims are found by trying.
 
-    Raises SessionError where the reference cannot be loaded or rejects all that was
-    tried, ProviderError where its session would run elsewhere.
+    Raises SessionError where the reference cannot be loaded at either level or rejects
+    all that was tried, ProviderError where its session would run elsewhere.
     """
-    question = verdict.question
-    with question.worker() as worker, blamed("reference"):
-        session = worker.load(question.reference, question.spec(provider, "disable_all"))
+    with blamed("reference"):
+        session = _load_at_any_level(verdict.question, worker, provider)
         if not isinstance(feeds, GeneratedFeeds):
+            session.close()
             return feeds
         bindings = _bindings_that_run(session, feeds)
+        session.close()
     if bindings[0]:
         sizes = "; ".join(_binding_text(binding) for binding in bindings)
         verdict.note(f"sizes of symbolic dims in the generated feeds: {sizes}")
     return feeds.with_bindings(bindings)
+
+
+def _load_at_any_level(question: Question, worker: Worker, provider: str) -> Session:
+    """Some models need what ORT's optimizations put in the place of a missing kernel."""
+    try:
+        return worker.load(question.reference, question.spec(provider, LEVELS[0]))
+    except SessionError as error:
+        try:
+            return worker.load(question.reference, question.spec(provider, LEVELS[1]))
+        except SessionError:
+            raise error from None
 
 
 def _binding_text(binding: Binding) -> str:
@@ -206,17 +226,23 @@ def _bindings_that_run(session: Session, feeds: GeneratedFeeds) -> list[Binding]
     """Up to four bindings, with more than one sample in one of them if that runs."""
     found: list[Binding] = []
     refusal: WorkerError | None = None
-    for binding in candidate_bindings(feeds.inputs):
-        if found and max(binding.values(), default=0) > _MODEST_SIZE:
-            break
-        error = _refusal(session, feeds.feed(0, binding))
-        refusal = refusal or error
-        found += [] if error else [binding]
-        if len(found) == _BINDINGS_WANTED:
-            break
-    if not found:
-        raise refusal or SessionError("there is nothing to try")
-    return [*_more_samples(session, feeds, found), *found][:_BINDINGS_WANTED]
+    try:
+        for binding in candidate_bindings(feeds.inputs):
+            large = max(binding.values(), default=0) > _MODEST_SIZE
+            if len(found) == _BINDINGS_WANTED or (found and large):
+                break
+            error = _refusal(session, feeds.feed(0, binding))
+            refusal = refusal or error
+            found += [] if error else [binding]
+        if found:
+            return [*_more_samples(session, feeds, found), *found][:_BINDINGS_WANTED]
+    except WorkerError as error:
+        # Some size took all memory or time: those before it will do.
+        if not found:
+            raise
+        log.info("no larger feeds were tried: %s", error)
+        return found
+    raise refusal or SessionError("there is nothing to try")
 
 
 def _more_samples(
@@ -241,24 +267,25 @@ def _refusal(session: Session, feed: Feed) -> SessionError | None:
 # --- beside the checks --------------------------------------------------------------
 
 
-def _level_differences(
-    question: Question, provider: str, side: str, path: Path, feeds: Feeds
-) -> list[LevelDifference]:
-    """How far ORT's optimizations move one model; nothing where it cannot run."""
-    worst: dict[str, tuple[float, float | None]] = {}
-    with question.worker() as worker:
+def _add_level_differences(
+    verdict: Verdict, workers: Workers, provider: str, feeds: Feeds
+) -> None:
+    """How far ORT's optimizations move either model; nothing where it cannot run."""
+    for side, worker, path in workers.sides(verdict.question):
+        worst: dict[str, tuple[float, float | None]] = {}
+        specs = [verdict.question.spec(provider, level) for level in LEVELS]
         try:
-            plain, optimized = (
-                worker.load(path, question.spec(provider, level)) for level in LEVELS
-            )
+            plain, optimized = (worker.load(path, spec) for spec in specs)
             for feed, _ in zip(feeds, range(_LEVEL_FEEDS), strict=False):
                 _add_level_difference(worst, plain.run(feed), optimized.run(feed))
-        except OnnxoptError:
-            pass
-    return [
-        LevelDifference(provider, side, name, sqnr, far)  # type: ignore[arg-type]
-        for name, (far, sqnr) in worst.items()
-    ]
+            plain.close()
+            optimized.close()
+        except (WorkerError, ProviderError) as error:
+            log.info("levels of the %s were not compared: %s", side, error)
+        verdict.differences += [
+            LevelDifference(provider, side, name, sqnr, far)
+            for name, (far, sqnr) in worst.items()
+        ]
 
 
 def _add_level_difference(
@@ -273,17 +300,15 @@ def _add_level_difference(
             worst[name] = (max(far, difference.max_abs), min(ratios, default=None))
 
 
-def _judge_metric(verdict: Verdict, provider: str, text: str) -> None:
+def _judge_metric(verdict: Verdict, workers: Workers, provider: str, text: str) -> None:
     """The user's own measure, at the level that deployment runs."""
     question = verdict.question
     values = {}
-    for side, path in (
-        ("reference", question.reference),
-        ("candidate", question.candidate),
-    ):
-        with question.worker() as worker, blamed(side):
+    for side, worker, path in workers.sides(question):
+        with blamed(side):
             session = worker.load(path, question.spec(provider, "enable_all"))
             values[side] = _call_metric(text, session)
+            session.close()
     drop = values["reference"] - values["candidate"]
     allowed = question.budget.max_drop or 0.0
     told = (

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -32,6 +33,7 @@ from onnxopt.rules import (
 )
 from onnxopt.runtime import Level, SessionSpec, Worker, provider_name
 
+Side: TypeAlias = Literal["reference", "candidate"]
 LEVELS: tuple[Level, ...] = ("disable_all", "enable_all")
 
 
@@ -95,7 +97,7 @@ class Question:
         return not (self.lossy or self.budget.text)
 
     def worker(self) -> Worker:
-        """A worker of its own for each model, so that a crash has one culprit."""
+        """A process for sessions of one model."""
         return Worker(timeout=self.timeout, memory_limit=self.memory_limit)
 
     def spec(
@@ -130,6 +132,19 @@ class Question:
         if self.bitwise:
             return "equality at disable_all on cpu, the noise floor elsewhere"
         return "noise floor"
+
+
+@dataclass(frozen=True)
+class Workers:
+    """One process for either model, so that a crash has one culprit."""
+
+    reference: Worker
+    candidate: Worker
+
+    def sides(self, question: Question) -> Iterator[tuple[Side, Worker, Path]]:
+        """Either model: what it is called, its process, its file."""
+        yield "reference", self.reference, question.reference
+        yield "candidate", self.candidate, question.candidate
 
 
 def is_cpu(provider: str) -> bool:
