@@ -6,11 +6,13 @@ declared ranks are sometimes wrong, and a rewrite may only rest on what is infer
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from onnx import GraphProto, ModelProto, ValueInfoProto, shape_inference
+from onnx import GraphProto, ModelProto, TypeProto, ValueInfoProto, shape_inference
 
 from onnxopt import attributes
 from onnxopt.graph import constant_value
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from onnxopt.model import Model
 
 log = logging.getLogger("onnxopt.shapes")
+
+_MARK = "\0"
+"""What stands between a name and the number that makes it unique for inference."""
 
 Known = dict[str, tuple[int, "Shape | None"]]
 
@@ -37,6 +42,7 @@ class Shapes:
         self._known: dict[int, Known] = {}
         self._version = -1
         self._promised: set[str] | None = None
+        self._loose: set[str] = set()
 
     def shape(self, view: GraphView, name: str) -> Shape | None:
         """Dims of `name` (int, symbol or None each), None where even the rank is open."""
@@ -57,18 +63,17 @@ class Shapes:
         """Whether equal symbols mean equal sizes.
 
         A symbol that several input dims share is only a promise: ONNX Runtime runs
-        feeds that break it. One that inference made, or that one dim has, is a fact.
+        feeds that break it. One that inference made, or that one dim has, is a fact,
+        except for the elements of a sequence: they share a symbol, and differ.
         """
         if self._promised is None:
             counts = Counter(
                 dim.dim_param
-                for view in self._model.views()
-                if isinstance(view.proto, GraphProto)
-                for value in view.proto.input
+                for value in self._model.proto.graph.input
                 for dim in value.type.tensor_type.shape.dim
             )
             self._promised = {name for name, count in counts.items() if count > 1}
-        return symbol not in self._promised
+        return symbol not in self._promised and symbol not in self._loose
 
     def _find(self, view: GraphView, name: str) -> tuple[int, Shape | None] | None:
         home = view.home(name)
@@ -101,8 +106,10 @@ class Shapes:
         known: Known = {}
         for value in (*graph.value_info, *graph.output, *graph.input):
             found = _tensor_type(value)
-            if found is not None:
-                known[value.name] = found
+            if found is None:
+                self._loose.update(_symbols(value.type))
+            else:
+                known[value.name.partition(_MARK)[0]] = found
         self._known[id(view)] = known
         if not any(view.children()):
             return
@@ -125,18 +132,57 @@ def _tensor_type(value: ValueInfoProto) -> tuple[int, Shape | None] | None:
     return tensor.elem_type, dims
 
 
+def _symbols(kind: TypeProto) -> Iterator[str]:
+    """The symbolic dims of a type, those of what it contains included."""
+    yield from (dim.dim_param for dim in kind.tensor_type.shape.dim)
+    for inner in (kind.sequence_type, kind.optional_type):
+        if inner.HasField("elem_type"):
+            yield from _symbols(inner.elem_type)
+    if kind.map_type.HasField("value_type"):
+        yield from _symbols(kind.map_type.value_type)
+
+
 def _bare(model: Model) -> ModelProto:
     """A copy for inference: small weights inline, large ones absent, nothing declared."""
     copy = ModelProto()
     copy.CopyFrom(model.proto)
+    for value in copy.graph.input:
+        if not value.type.HasField("tensor_type"):
+            _drop_dims(value.type)  # nobody holds the elements of a feed to them
     _bare_graph(copy.graph, model.weights)
+    numbers = itertools.count()
+    for nodes in (copy.graph.node, *(function.node for function in copy.functions)):
+        for node in nodes:
+            for _, inner in attributes.subgraphs(node) if node.attribute else ():
+                _rename(inner, {}, numbers)
     return copy
+
+
+def _rename(graph: GraphProto, outer: Mapping[str, str], numbers: Iterator[int]) -> None:
+    """Give the values of an inner graph names that no other graph has.
+
+    ONNX's inference remembers the values of shapes by name alone, whatever the scope.
+    """
+    given = [*graph.input, *graph.initializer]
+    names = [item.name for item in given]
+    names += [item.values.name for item in graph.sparse_initializer]
+    names += [name for node in graph.node for name in node.output if name]
+    seen = {**outer, **{name: f"{name}{_MARK}{next(numbers)}" for name in names}}
+    for item in (*given, *graph.output):
+        item.name = seen.get(item.name, item.name)
+    for sparse in graph.sparse_initializer:
+        sparse.values.name = seen[sparse.values.name]
+    for node in graph.node:
+        for values in (node.input, node.output):
+            values[:] = [seen.get(name, name) for name in values]
+        for _, inner in attributes.subgraphs(node) if node.attribute else ():
+            _rename(inner, seen, numbers)
 
 
 def _bare_graph(graph: GraphProto, weights: WeightStore) -> None:
     del graph.value_info[:]
     for output in graph.output:
-        _drop_dims(output)
+        _drop_dims(output.type)
     for tensor in graph.initializer:
         if place(tensor) is not None and tensor_bytes(tensor) < MIN_PAYLOAD:
             payload = weights.read(tensor)
@@ -153,10 +199,13 @@ def _bare_graph(graph: GraphProto, weights: WeightStore) -> None:
             node.op_type = "AmbiguousSqueeze"
         for _, inner in attributes.subgraphs(node) if node.attribute else ():
             for value_info in inner.input:
-                _drop_dims(value_info)  # a Loop's may change from round to round
+                _drop_dims(value_info.type)  # a Loop's may change from round to round
             _bare_graph(inner, weights)
 
 
-def _drop_dims(value: ValueInfoProto) -> None:
-    if value.type.HasField("tensor_type"):
-        value.type.tensor_type.ClearField("shape")
+def _drop_dims(kind: TypeProto) -> None:
+    if kind.HasField("tensor_type"):
+        kind.tensor_type.ClearField("shape")
+    for inner in (kind.sequence_type, kind.optional_type):
+        if inner.HasField("elem_type"):
+            _drop_dims(inner.elem_type)

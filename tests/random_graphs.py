@@ -111,8 +111,8 @@ def binary(b: Builder) -> None:
     if b.random.random() < 0.5:
         b.node(op_type, [name, b.random.choice(others)], dims)
         return
-    known = [dim for dim in dims if isinstance(dim, int)]
-    shape = b.random.choice([(), (1,) * len(dims), tuple(known[-1:])])
+    last = tuple(dim for dim in dims[-1:] if isinstance(dim, int))
+    shape = b.random.choice([(), (1,) * len(dims), last])
     pair = [name, b.floats(*shape)]
     if op_type != "Sub" and b.random.random() < 0.3:
         pair.reverse()
@@ -151,8 +151,8 @@ def reshape(b: Builder) -> None:
         flat = b.raw("Reshape", [name, b.ints(-1)])
         shape = b.raw("Shape", [name])
         b.node("Reshape", [flat, shape], dims)
-    elif kind == 2 and len(dims) == 2:
-        b.node("Reshape", [name, b.ints(-1, int(dims[1]))], dims)
+    elif kind == 2 and len(dims) == 2 and isinstance(dims[1], int):
+        b.node("Reshape", [name, b.ints(-1, dims[1])], dims)
     elif kind == 3 and len(dims) == 2:
         shape = b.raw("Shape", [name])
         first = b.raw("Gather", [shape, b.ints(0)], axis=0)
@@ -161,6 +161,53 @@ def reshape(b: Builder) -> None:
     elif all(isinstance(dim, int) for dim in dims):
         turned = tuple(reversed(dims))
         b.node("Reshape", [name, b.ints(*(int(dim) for dim in turned))], turned)
+
+
+def shape_arithmetic(b: Builder) -> None:
+    """What is computed from a shape decides the size of a value, and that scales one."""
+    name, dims = b.pick() or ("", ())
+    vector, size = b.raw("Shape", [name]), len(dims)
+    for _ in range(b.random.randrange(1, 5)):
+        vector, size = _step(b, vector, size)
+    small = b.raw("Mod", [b.raw("Abs", [vector]), b.ints(4)])
+    filled = b.raw("ConstantOfShape", [small])
+    factor = b.raw("Cast", [b.raw("Size", [filled])], to=TensorProto.FLOAT)
+    b.node("Mul", [name, factor], dims)
+
+
+def _step(b: Builder, vector: str, size: int) -> tuple[str, int]:
+    """Another vector of int64 made from one of `size` elements, and its size."""
+    draw = b.random
+    kind = draw.randrange(9)
+    if kind == 0:
+        picks = [draw.randrange(-size, size) for _ in range(draw.randrange(1, 4))]
+        return b.raw("Gather", [vector, b.ints(*picks)], axis=0), len(picks)
+    if kind == 1:
+        step = draw.choice([1, 2, -1, -2])
+        bounds = [draw.randrange(-size - 2, size + 3) for _ in range(2)]
+        start, end = bounds if step > 0 else sorted(bounds, reverse=True)
+        kept = len(range(*slice(max(start, -size), end, step).indices(size)))
+        if kept and (step > 0 or start >= -size):
+            limits = [b.ints(value) for value in (start, end, 0, step)]
+            return b.raw("Slice", [vector, *limits]), kept
+    if kind == 2 and size < 4:
+        pair = [vector, b.ints(draw.randrange(-3, 9))]
+        draw.shuffle(pair)
+        return b.raw("Concat", pair, axis=0), size + 1
+    if kind == 3:
+        whole = b.raw("Cast", [vector], to=draw.choice([TensorProto.INT32, 1, 11]))
+        return b.raw("Cast", [whole], to=TensorProto.INT64), size
+    if kind == 4:
+        column = b.raw("Unsqueeze", [vector, b.ints(draw.choice([0, 1, -1]))])
+        return b.raw("Reshape", [column, b.ints(-1)]), size
+    if kind == 5:
+        is_that = b.raw("Equal", [vector, b.ints(draw.randrange(4))])
+        return b.raw("Where", [is_that, b.ints(draw.randrange(-2, 5)), vector]), size
+    if kind == 6:
+        axes = [b.ints(0)] if draw.random() < 0.5 else []
+        return b.raw("ReduceSum", [vector, *axes], keepdims=1), 1
+    op_type = draw.choice(["Add", "Sub", "Mul", "Div", "Mod", "Max", "Min"])
+    return b.raw(op_type, [vector, b.ints(draw.choice([-3, -2, 2, 3]))]), size
 
 
 def transpose(b: Builder) -> None:
@@ -287,6 +334,7 @@ PIECES: list[Callable[[Builder], None]] = [
     no_op,
     reshape,
     reshape,
+    shape_arithmetic,
     transpose,
     duplicate,
     duplicate,

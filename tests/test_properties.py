@@ -12,7 +12,8 @@ import onnx.printer
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
+from onnx.helper import make_tensor_value_info
 
 from onnxopt import verifier
 from onnxopt.ledger import Ledger
@@ -94,6 +95,30 @@ def check_budget(random: Random, context: Context) -> None:
     assert model.bytes() <= before + 64, onnx.printer.to_text(source)
 
 
+def check_shapes(random: Random) -> None:
+    """What inference says of inner values holds when the model runs."""
+    source = random_model(random)
+    if random.random() < 0.5:
+        source = random.choice([support.in_branches, support.in_loop])(source)
+    model = Model.open(source)
+    names = [name for node in source.graph.node for name in node.output if name]
+    facts = {name: (model.main.shape(name), model.main.dtype(name)) for name in names}
+    del source.graph.output[:]
+    for name in names:
+        kind = facts[name][1] or TensorProto.UNDEFINED
+        source.graph.output.append(make_tensor_value_info(name, kind, None))
+    for feed in support.feeds_of(source, (2, 1, 5)):
+        values = support.run(source, feed)
+        sizes: dict[str, int] = {}
+        for name, value in zip(names, values, strict=True):
+            dims = facts[name][0]
+            assert dims is None or len(dims) == value.ndim, name
+            for dim, size in zip(dims or (), value.shape, strict=bool(dims)):
+                if isinstance(dim, str) and model.shapes.is_reliable(dim):
+                    dim = sizes.setdefault(dim, size)
+                assert not isinstance(dim, int) or dim == size, name
+
+
 RANDOMS = st.randoms(use_true_random=False)
 
 
@@ -109,6 +134,21 @@ def test_pipelines(random: Random, context: Context) -> None:
 def test_budget(random: Random, context: Context) -> None:
     """Any pipeline within the tightest budget."""
     check_budget(random, context)
+
+
+@settings(QUICK, max_examples=40)
+@given(random=RANDOMS)
+def test_shapes(random: Random) -> None:
+    """Inferred shapes are true."""
+    check_shapes(random)
+
+
+@pytest.mark.slow
+@settings(MANY, max_examples=1000)
+@given(random=RANDOMS)
+def test_many_shapes(random: Random) -> None:
+    """The same, much longer."""
+    check_shapes(random)
 
 
 @pytest.mark.slow
