@@ -254,13 +254,41 @@ def _array(
         return random.random(shape) < 0.5
     if spec.is_integer:
         return _integers(random, spec, shape, bound)
-    # Alternately centred and non-negative, as waveforms and as pixels are.
-    floats = random.standard_normal(shape) if index % 2 == 0 else random.random(shape)
+    floats = _floats(random, shape, index)
     if kind == "c":
         floats = floats + 1j * random.standard_normal(shape)
     return np.asarray(floats, dtype=np.float32 if kind == "V" else None).astype(
         spec.dtype
     )
+
+
+def _floats(
+    random: np.random.Generator, shape: tuple[int, ...], index: int
+) -> np.ndarray:
+    """Four kinds in turn: what a network was trained on is not known.
+
+    Centred and non-negative noise; then larger values, in blocks where there are two
+    axes for it; then, for images, the range of pixels. A text detector answers the
+    first two with 1e-7 everywhere, which proves nothing.
+    """
+    match index % 4:
+        case 1:
+            return random.random(shape)
+        case 2:
+            return 4 * _blocks(random, shape)
+        case 3:
+            return random.random(shape) * (255 if len(shape) == 4 else 1)
+    return random.standard_normal(shape)
+
+
+def _blocks(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Normal values that are constant over blocks of 4 x 4 along the last two axes."""
+    if len(shape) < 3:
+        return random.standard_normal(shape)
+    height, width = shape[-2:]
+    coarse = random.standard_normal((*shape[:-2], -(-height // 4), -(-width // 4)))
+    blocks = coarse.repeat(4, axis=-2).repeat(4, axis=-1)
+    return np.asarray(blocks[..., :height, :width])
 
 
 def _prefix_mask(

@@ -93,17 +93,18 @@ def external_bytes(model: onnx.ModelProto) -> int:
 
 def all_nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
     """Nodes of all scopes: main graph, subgraphs, functions."""
-    yield from _nodes(model.graph.node)
+    yield from nodes_in(model.graph.node)
     for function in model.functions:
-        yield from _nodes(function.node)
+        yield from nodes_in(function.node)
 
 
-def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+def nodes_in(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Nodes and those of their subgraphs."""
     for node in nodes:
         yield node
         for attribute in node.attribute:
             for graph in (attribute.g, *attribute.graphs):
-                yield from _nodes(graph.node)
+                yield from nodes_in(graph.node)
 
 
 def _computes_in(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> set[str]:

@@ -315,7 +315,8 @@ class Floor:
     def _slices(self, sample: Sample, spread: Spread | None) -> str | None:
         difference = sample.difference
         bound = self.bound(difference.dtype)
-        for part in difference.slices:
+        # A code flips here or there by luck: slices of quantized models say nothing.
+        for part in () if self.quantized else difference.slices:
             allowed = bound * part.scale + _tiny(difference.dtype)
             # Nothing is expected of digits that the whole tensor's scale does not have.
             allowed = np.maximum(allowed, _epsilon(difference.dtype) * difference.scale)

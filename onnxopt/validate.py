@@ -38,6 +38,7 @@ from onnxopt.levelcheck import LevelCheck
 from onnxopt.metrics import compare
 from onnxopt.report import Check, LevelDifference, Validation
 from onnxopt.runtime import Session, Worker, available_providers, provider_name
+from onnxopt.smoothcheck import judge_unrounded
 from onnxopt.spread import MovedModels
 from onnxopt.verdict import (
     LEVELS,
@@ -180,6 +181,7 @@ def _judge_provider(
             return
         for level in LEVELS:
             LevelCheck(moved, workers, provider, level, settled).into(verdict)
+        judge_unrounded(verdict, workers, provider, settled, moved)
         _add_level_differences(verdict, workers, provider, settled)
         if question.budget.metric is not None:
             _judge_metric(verdict, workers, provider, question.budget.metric)

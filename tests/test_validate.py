@@ -25,6 +25,7 @@ from onnxopt.errors import (
     WorkerTimeoutError,
 )
 from onnxopt.report import Validation
+from onnxopt.unrounded import unrounded
 from onnxopt.validate import AbsentProviderError, Budget, judge
 
 
@@ -423,6 +424,57 @@ def test_wrong_rewrites_of_quantized_models(judged: Judge, wrong: str) -> None:
     else:
         set_weight(other, "v", np.ascontiguousarray(weight(other, "v").T))
     assert judged(model, other).status == "failed"
+
+
+def test_small_errors_do_not_hide_among_flipped_codes(judged: Judge) -> None:
+    """A part in a thousand off, in front of a rounding: few codes flip, as by noise."""
+    model, other = quantized(), quantized()
+    w = weight(other, "w")
+    w[:, 5] *= np.float32(1.001)
+    set_weight(other, "w", w)
+    verdict = judged(model, other, data=[{"x": normal(512, 32)} for _ in range(4)])
+    assert verdict.status == "failed"
+    told = {check.provider: check.status for check in verdict.checks}
+    assert told == {"cpu": "passed", "cpu without rounding of codes": "failed"}
+
+
+def test_unrounded_keeps_scales_and_saturation() -> None:
+    smooth = unrounded(quantized())
+    assert smooth is not None
+    assert not {"QuantizeLinear", "DequantizeLinear"} & {
+        n.op_type for n in smooth.graph.node
+    }
+    x = normal(64, 32) * np.float32(2)
+    with runtime.Worker() as worker:
+        found = worker.load(smooth.SerializeToString()).run({"x": x})["y"]
+    w, v = weight(smooth, "w"), weight(smooth, "v")
+    inner = np.clip(x, -128 * 0.03, 127 * 0.03) @ w
+    expected = np.clip(np.maximum(inner, 0), -128 * 0.05, 127 * 0.05) @ v
+    assert np.abs(x).max() > 128 * 0.03
+    assert np.allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "g (float[4] x) => (float[4] y) { y = Relu (x) }",
+        """g (float[4] x) => (uint8[4] y) <float s = {1}, uint8 z = {0}> {
+          y = QuantizeLinear (x, s, z)
+        }""",
+        """g (float[4] x) => (float[4] y) <float s = {1}, uint8 z = {0}> {
+          q = QuantizeLinear (x, s, z)
+          c = Cast <to = 1> (q)
+          d = DequantizeLinear (q, s, z)
+          y = Add (c, d)
+        }""",
+        """g (float[4] x) => (float[4] y) {
+          q, s, z = DynamicQuantizeLinear (x)
+          y = DequantizeLinear (q, s, z)
+        }""",
+    ],
+)
+def test_unrounded_declines(body: str) -> None:
+    assert unrounded(parsed(body)) is None
 
 
 def test_indices_may_differ_in_ties_only(judged: Judge) -> None:
