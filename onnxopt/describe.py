@@ -37,9 +37,10 @@ def report(source: str, made: Report, verbose: int) -> Iterator[Block]:
 def verdict(validation: Validation, verbose: int) -> Iterator[Block]:
     """A verdict: one line for the whole, one for each provider and level."""
     reason = f": {validation.reason}" if validation.reason else ""
+    how = f" ({validation.feeds} feeds, judged by {validation.judged_by})"
     yield (
-        f"validation: {_status(validation.status)} ({validation.feeds} feeds, "
-        f"judged by {validation.judged_by or 'nothing'}){reason}"
+        f"validation: {_status(validation.status)}"
+        f"{how if validation.judged_by else ''}{reason}"
     )
     if validation.checks:
         table = Table(("provider", "level", "verdict", "SQNR dB", "max abs", ""), left=3)

@@ -50,7 +50,8 @@ def transform(source: str, recipe: str, given: Mapping[str, Any]) -> int:
                     UsageError
                 ):  # the first error is the one to tell
                     report.write(error.report.to_json())
-                command.show(error.report)
+                if error.report.output is not None:
+                    command.show(error.report)
             raise
 
 
