@@ -23,7 +23,7 @@ from onnx import (
 )
 
 from onnxopt import attributes
-from onnxopt.graph import GraphView, constant_value
+from onnxopt.graph import GraphView, Read, constant_value
 from onnxopt.weights import Array, attribute_tensors, tensor_bytes
 
 
@@ -226,10 +226,11 @@ class _Journal:
     def insert(self, view: GraphView, node: NodeProto, anchor: NodeProto) -> NodeProto:
         view.proto.node.append(node)
         kept: NodeProto = view.proto.node[-1]
+        self.undo.append(lambda: self._detach(view, kept))
         place = view._rank[id(anchor)][0]
         self._attach(view, kept, (place, view.model.next_sequence()))
+        view._connect(kept)
         view._misplaced = True
-        self.undo.append(lambda: self._detach(view, kept))
         return kept
 
     def erase(self, view: GraphView, node: NodeProto) -> None:
@@ -237,20 +238,14 @@ class _Journal:
             return  # a sweep, or an earlier step, was here before
         rank = view._rank[id(node)]
         children = view._children.get(id(node), [])
-        self._detach(view, node)
-        self.undo.append(lambda: self._attach(view, node, rank, children))
-        lost = _reads(view, node, children)
+        reads = self._detach(view, node)
+        self.undo.append(lambda: self._reattach(view, node, rank, children, reads))
+        lost = [(read.home, read.name) for read in reads]
         self.freed += lost
         self.relieved += lost
         self.undefined += [(view, name) for name in node.output if name]
 
-    def _attach(
-        self,
-        view: GraphView,
-        node: NodeProto,
-        rank: tuple[int, int],
-        children: Sequence[GraphView] = (),
-    ) -> None:
+    def _attach(self, view: GraphView, node: NodeProto, rank: tuple[int, int]) -> None:
         view._nodes[id(node)] = node
         view._rank[id(node)] = rank
         view._dead.pop(id(node), None)
@@ -258,51 +253,53 @@ class _Journal:
             if name in view._producer or name in view._given or name in view._weights:
                 raise EditError(f"{view.scope}: {name!r} is defined already")
             view._producer[name] = node
-        if children:
-            view._children[id(node)] = list(children)
-            for index, name in enumerate(node.input):
-                if name:
-                    view._add_use(node, index, name)
-            for child in children:
-                child.add_captures()
-        else:
-            view._connect(node)
         self.bytes += _node_bytes(node)
         self.nodes += 1 + _inner_nodes(node)
         self.touched.append((view, node))
 
-    def _detach(self, view: GraphView, node: NodeProto) -> None:
+    def _reattach(
+        self,
+        view: GraphView,
+        node: NodeProto,
+        rank: tuple[int, int],
+        children: Sequence[GraphView],
+        reads: Iterable[Read],
+    ) -> None:
+        self._attach(view, node, rank)
+        if children:
+            view._children[id(node)] = list(children)
+        for read in reads:
+            read.put_back()
+
+    def _detach(self, view: GraphView, node: NodeProto) -> list[Read]:
         for name in filter(None, node.output):
-            del view._producer[name]
-            view._gone.add(name)
-        for index, name in enumerate(node.input):
-            if name:
-                view._drop_use(node, index, name)
-        for child in view._children.pop(id(node), ()):
-            child.drop_captures()
+            if view._producer.get(name) is node:
+                del view._producer[name]
+                view._gone.add(name)
+        reads = view.drop_reads(node)
+        view._children.pop(id(node), None)
         del view._nodes[id(node)]
         view._dead[id(node)] = node
         self.bytes -= _node_bytes(node)
         self.nodes -= 1 + _inner_nodes(node)
+        return reads
 
     def set_input(self, view: GraphView, node: NodeProto, index: int, name: str) -> None:
         length = len(node.input)
         old = node.input[index] if index < length else ""
         if old == name:
             return
-        if old:
-            home = view.home(old)
-            view._drop_use(node, index, old)
-            if home is not None:
-                self.freed.append((home, old))
-                self.relieved.append((home, old))
+        read = view.drop_use(node, index) if old else None
+        if read is not None:
+            self.freed.append((read.home, old))
+            self.relieved.append((read.home, old))
+        self.undo.append(lambda: self._unset_input(view, node, index, old, length, read))
         node.input.extend([""] * (index + 1 - length))
         node.input[index] = name
         if name:
             view._add_use(node, index, name)
         if old and name and old not in node.input:
             self._move_shards(node, old, name)
-        self.undo.append(lambda: self._unset_input(view, node, index, old, length))
         self.touched.append((view, node))
 
     def _move_shards(self, node: NodeProto, old: str, new: str) -> None:
@@ -312,14 +309,20 @@ class _Journal:
             self.undo.append(functools.partial(setattr, spec, "tensor_name", old))
 
     def _unset_input(
-        self, view: GraphView, node: NodeProto, index: int, old: str, length: int
+        self,
+        view: GraphView,
+        node: NodeProto,
+        index: int,
+        old: str,
+        length: int,
+        read: Read | None,
     ) -> None:
         if node.input[index]:
-            view._drop_use(node, index, node.input[index])
+            view.drop_use(node, index)
         node.input[index] = old
         del node.input[length:]
-        if old:
-            view._add_use(node, index, old)
+        if read is not None:
+            read.put_back()
 
     def set_attribute(
         self, view: GraphView, node: NodeProto, name: str, value: Any
@@ -498,15 +501,6 @@ class _Journal:
         for view, node in self._touched_outwards():
             if view.is_out_of_order(node) and view.depends_on_itself(node):
                 raise Refused(f"{view.label(node)} would depend on itself")
-
-
-def _reads(
-    view: GraphView, node: NodeProto, children: Iterable[GraphView]
-) -> list[tuple[GraphView, str]]:
-    """The values that a node reads, with the scopes that define them."""
-    names = [*node.input, *(name for child in children for name in child.captures())]
-    found = [(view.home(name), name) for name in names if name]
-    return [(home, name) for home, name in found if home is not None]
 
 
 def _node_bytes(node: NodeProto) -> int:

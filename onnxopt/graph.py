@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, MutableSequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from onnx import FunctionProto, GraphProto, NodeProto, TensorProto, helper
 
@@ -33,6 +33,19 @@ class Use:
     node: NodeProto
     index: int
     view: GraphView
+
+
+class Read(NamedTuple):
+    """An entry of the index that was taken out: `home` defined `name`, `use` read it."""
+
+    home: GraphView
+    name: str
+    use: Use
+
+    def put_back(self) -> None:
+        """Undo the taking out, whatever defines the name by now."""
+        key = (id(self.use.node), self.use.index)
+        self.home._uses.setdefault(self.name, {})[key] = self.use
 
 
 class GraphView:
@@ -377,10 +390,36 @@ class GraphView:
                     return owner
         return node
 
-    def _drop_use(self, node: NodeProto, index: int, name: str) -> None:
-        home = self.home(name)
-        if home is not None:
-            home._uses.get(name, {}).pop((id(node), index), None)
+    def drop_use(self, node: NodeProto, index: int) -> Read | None:
+        """Take input `index` of `node`, a node here or inside, out of the index.
+
+        It stands in the scope that defined the value when it was put in; that scope
+        may no longer define it.
+        """
+        name, key = node.input[index], (id(node), index)
+        view: GraphView | None = self
+        while view is not None:
+            use = view._uses.get(name, {}).pop(key, None)
+            if use is not None:
+                return Read(view, name, use)
+            view = view.parent
+        return None
+
+    def drop_reads(self, node: NodeProto) -> list[Read]:
+        """Take all that `node` and the nodes inside it read from here outwards out."""
+        found = [self.drop_use(node, i) for i, name in enumerate(node.input) if name]
+        for child in self._children.get(id(node), ()):
+            found += [self.drop_use(*slot) for slot in child.slots()]
+        return [read for read in found if read is not None]
+
+    def slots(self) -> Iterator[tuple[NodeProto, int]]:
+        """Every node input here and inside that reads something."""
+        for node in self._nodes.values():
+            for index, name in enumerate(node.input):
+                if name:
+                    yield node, index
+        for child in self.children():
+            yield from child.slots()
 
     def _is_overridable(self, name: str) -> bool:
         """Whether initializer `name` is a default that the model's caller may replace."""
@@ -485,26 +524,6 @@ class GraphView:
                     seen.add(id(maker))
                     stack.append(maker)
         return False
-
-    def _outer_uses(self) -> Iterator[tuple[GraphView, str, Use]]:
-        """What this scope and those inside it read from elsewhere."""
-        for node in self._nodes.values():
-            for index, name in enumerate(node.input):
-                home = self.home(name) if name else None
-                if home is not None and home is not self:
-                    yield home, name, Use(node, index, self)
-        for child in self.children():
-            yield from child._outer_uses()
-
-    def drop_captures(self) -> None:
-        """Take this scope's reads of outer values out of the index."""
-        for home, name, use in self._outer_uses():
-            home._uses.get(name, {}).pop((id(use.node), use.index), None)
-
-    def add_captures(self) -> None:
-        """Put them back."""
-        for home, name, use in self._outer_uses():
-            home._uses.setdefault(name, {})[id(use.node), use.index] = use
 
     def _forget_gone(self) -> None:
         """Drop value_info and annotations of values that no longer exist."""

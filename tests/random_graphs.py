@@ -282,6 +282,18 @@ def quantized_weight(b: Builder) -> None:
         b.node("Add", [name, back], dims)
 
 
+def constants(b: Builder) -> None:
+    """Constants made of one another, some of which are read on the way."""
+    name, dims = b.pick() or ("", ())
+    made = [b.floats()]
+    for _ in range(b.random.randrange(1, 5)):
+        op_type = b.random.choice(["Neg", "Sigmoid", "Add", "Mul", "Identity"])
+        count = 2 if op_type in ("Add", "Mul") else 1
+        made.append(b.raw(op_type, [b.random.choice(made) for _ in range(count)]))
+    for constant in b.random.sample(made, min(len(made), 2)):
+        name = b.node("Mul", [name, constant], dims)
+
+
 def branch(b: Builder) -> None:
     """An If whose branches read outer values, and may use the same names."""
     if b.depth >= 2:
@@ -341,6 +353,7 @@ PIECES: list[Callable[[Builder], None]] = [
     convolution,
     linear,
     quantized_weight,
+    constants,
     branch,
     loop,
 ]
