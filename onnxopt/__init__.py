@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         ValidationError,
         WorkerError,
     )
+    from onnxopt.inspection import Inspection, inspect
     from onnxopt.report import Report, Validation
 
 logging.getLogger("onnxopt").addHandler(logging.NullHandler())
@@ -40,11 +41,13 @@ _HOMES = {
         "ValidationError",
         "WorkerError",
     ),
+    "onnxopt.inspection": ("Inspection", "inspect"),
     "onnxopt.report": ("Report", "Validation"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Inspection",
     "InvalidModelError",
     "OnnxoptError",
     "ProviderError",
@@ -56,6 +59,7 @@ __all__ = [
     "ValidationError",
     "WorkerError",
     "__version__",
+    "inspect",
     "optimize",
     "simplify",
     "validate",

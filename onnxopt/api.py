@@ -23,13 +23,13 @@ from onnxopt.errors import (
     WorkerError,
 )
 from onnxopt.evaluate import Evaluator
+from onnxopt.judge import AbsentProviderError, Budget, judge
 from onnxopt.ledger import Ledger
 from onnxopt.manager import Context, Observer, Pass, PassManager
 from onnxopt.model import Model, Source
 from onnxopt.report import Check, Guarantee, PassReport, Report, Validation
 from onnxopt.runtime import provider_name, provider_options
 from onnxopt.save import Staged, fits_in_protobuf, stage, to_proto
-from onnxopt.validate import AbsentProviderError, Budget, judge
 
 OnFailure = Literal["raise", "return", "rollback"]
 
@@ -86,8 +86,8 @@ class Options(ValidationOptions, total=False):
 class Result:
     """A transformed model and its report.
 
-    `verdict` is the report's validation. Where `base_dir` is set, the weights lie in
-    files there, which live as long as the result.
+    Where `base_dir` is set, the weights lie in files there, which live as long as the
+    result.
     """
 
     report: Report
@@ -257,7 +257,7 @@ class Job:
                     result, staged = run.roll_back()
                 with staged:
                     staged.keep = keep
-                    if _failed(report) and on_failure == "raise":
+                    if _failed(report) and on_failure != "return":
                         raise ValidationError(why(report.validation))
                     self._require_validation(report)
                     yield result, staged
@@ -385,7 +385,13 @@ def _carrying(report: Report) -> Iterator[None]:
 
 
 def _check_options(options: Options) -> None:
-    """Raise UsageError for what can be known to be wrong before any model is read."""
+    """Raise for what can be known to be wrong before any model is read.
+
+    TypeError for an argument that there is not, UsageError for the rest.
+    """
+    for name in options:
+        if name not in Options.__annotations__:
+            raise TypeError(f"unexpected keyword argument {name!r}")
     wanted = (
         *(options.get("providers") or ()),
         *(options.get("require_providers") or ()),

@@ -89,7 +89,7 @@ def inspect(source: str, json_to: str | None, verbose: int) -> int:
     """Say what a model holds: operators, sizes, zeros, quantization."""
     from onnxopt import describe, terminal
     from onnxopt.document import Document, as_json
-    from onnxopt.inspect import inspect as look
+    from onnxopt.inspection import inspect as look
 
     with Document(json_to) as document:
         found = look(source)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from onnxopt.terminal import Block, Table
 
 if TYPE_CHECKING:
-    from onnxopt.inspect import Inspection, Value
+    from onnxopt.inspection import Inspection, Value
     from onnxopt.report import Check, OutputCheck, PassReport, Report, Side, Validation
 
 _SHOWN = 10

@@ -71,7 +71,7 @@ def parse_pipeline(text: str) -> list[Pass]:
     """The passes that `a,b{x=1,y=2}` names; an empty text is the empty pipeline."""
     passes, rest = [], text.strip()
     while rest:
-        found = re.match(r"\s*([\w.-]+)\s*(?:\{([^{}]*)\})?\s*(?:,|$)", rest)
+        found = re.match(r"\s*([\w.-]+)\s*(?:\{([^{}]*)\})?\s*(?:,(?=.)|$)", rest)
         if found is None:
             raise UsageError(f"cannot read the pipeline at {rest!r}; write a,b{{x=1}}")
         passes.append(make_pass(found[1], _parameters(found[2] or "")))
@@ -85,7 +85,10 @@ def _parameters(text: str) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise UsageError(f"cannot read the parameter {item!r}; write name=value")
-        values[key.replace("-", "_")] = yaml.safe_load(value)
+        try:
+            values[key.replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UsageError(f"cannot read the value of {item!r}") from None
     return values
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from onnxopt import zeros
-from onnxopt.inspect import Channels, Inspection, inspect
+from onnxopt.inspection import Channels, Inspection, inspect
 from onnxopt.weights import WeightStore
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1, "f" : 1]>\n'
@@ -395,7 +395,7 @@ def test_weights_are_streamed(tmp_path: Path) -> None:
     path = external(tmp_path, 8192, 16384)
     code = (
         "import resource, sys\n"
-        "from onnxopt.inspect import inspect\n"
+        "from onnxopt.inspection import inspect\n"
         "assert inspect(sys.argv[1]).sparsity.fraction == 1\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
     )

@@ -327,7 +327,7 @@ def test_stdout_that_is_full_or_gone(model: Path) -> None:
 def test_a_bug_is_told_as_one(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: Path
 ) -> None:
-    monkeypatch.setattr("onnxopt.inspect._inspect", lambda *_: 1 / 0)
+    monkeypatch.setattr("onnxopt.inspection._inspect", lambda *_: 1 / 0)
     code, _, errors = run(capsys, "inspect", model)
     assert code == INTERNAL_ERROR
     assert len(errors) == 1

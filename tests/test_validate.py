@@ -24,9 +24,9 @@ from onnxopt.errors import (
     WorkerMemoryError,
     WorkerTimeoutError,
 )
+from onnxopt.judge import AbsentProviderError, Budget, judge
 from onnxopt.report import Validation
 from onnxopt.unrounded import unrounded
-from onnxopt.validate import AbsentProviderError, Budget, judge
 
 
 def parsed(body: str, opset: int = 17, extra: str = "") -> onnx.ModelProto:

@@ -1,0 +1,121 @@
+"""The Python functions: names, arguments, what they leave alone, what they give back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnx_graphsurgeon as gs
+import pytest
+from onnx import ModelProto
+
+import onnxopt
+
+VERBS = (
+    *("optimize", "simplify", "shrink", "quantize", "prune", "distill"),
+    *("validate", "inspect", "diff", "bench", "bisect"),
+)
+TEXT = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[n,3] x) => (float[n,3] y) <float[3] w = {1.5, -2, 0.25}> {
+    i = Identity(x)
+    m = Mul(i, w)
+    y = Relu(m)
+}"""
+
+
+@pytest.fixture
+def model() -> ModelProto:
+    return onnx.parser.parse_model(TEXT)
+
+
+def wrong(model: ModelProto) -> ModelProto:
+    other = ModelProto()
+    other.CopyFrom(model)
+    other.graph.node[1].op_type = "Add"
+    return other
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_module_bears_the_name_of_a_verb(verb: str) -> None:
+    """Importing it would put the module where the function was."""
+    package = Path(onnxopt.__file__).parent
+    assert not (package / f"{verb}.py").exists()
+    assert not (package / verb).exists()
+
+
+def test_functions_stay_functions_after_use(model: ModelProto) -> None:
+    for _ in range(2):
+        assert onnxopt.optimize(model).report.validation is not None
+        assert onnxopt.simplify(model).report.recipe == "simplify"
+        assert onnxopt.validate(model, model).status == "passed"
+        assert onnxopt.inspect(model).nodes == 3
+
+
+@pytest.mark.parametrize("name", ["valdiate", "min_snqr", "provider"])
+def test_an_unknown_argument_is_an_error(model: ModelProto, name: str) -> None:
+    options: Any = {name: 1}
+    with pytest.raises(TypeError, match=name):
+        onnxopt.optimize(model, **options)
+    with pytest.raises(TypeError, match=name):
+        onnxopt.validate(model, model, **options)
+
+
+def test_what_the_caller_passed_in_stays_as_it_is(model: ModelProto) -> None:
+    before = model.SerializeToString(deterministic=True)
+    result = onnxopt.optimize(model)
+    assert model.SerializeToString(deterministic=True) == before
+    assert [node.op_type for node in result.model.graph.node] == ["Mul", "Relu"]
+    model.graph.node[2].op_type = "Abs"  # nor does the result follow the caller's model
+    assert [node.op_type for node in result.model.graph.node] == ["Mul", "Relu"]
+
+
+def test_a_graph_comes_back_as_a_graph(model: ModelProto) -> None:
+    graph = gs.import_onnx(model)
+    result = onnxopt.optimize(graph)
+    assert isinstance(result.model, gs.Graph)
+    assert [node.op for node in result.model.nodes] == ["Mul", "Relu"]
+    assert [node.op for node in graph.nodes] == ["Identity", "Mul", "Relu"]
+
+
+def test_transforms_do_not_print(
+    model: ModelProto, capfd: pytest.CaptureFixture[str]
+) -> None:
+    onnxopt.optimize(model)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_wrong_candidate_is_told(model: ModelProto) -> None:
+    assert onnxopt.validate(model, wrong(model)).status == "failed"
+
+
+def test_what_becomes_of_a_failed_result(model: ModelProto, tmp_path: Path) -> None:
+    """A metric that must rise, and cannot: no edit is to blame."""
+    script = tmp_path / "metric.py"
+    script.write_text("def same(run):\n    return 1.0\n")
+    options: Any = {"metric": f"{script}:same", "max_drop": -1.0}
+    failed = onnxopt.optimize(model, on_failure="return", **options)
+    assert failed.report.validation is not None
+    assert failed.report.validation.status == "failed"
+    choices: tuple[Any, ...] = ("raise", "rollback")
+    for on_failure in choices:
+        with pytest.raises(onnxopt.ValidationError) as caught:
+            onnxopt.optimize(model, on_failure=on_failure, **options)
+        assert caught.value.report is not None
+
+
+def test_data_in_memory(model: ModelProto) -> None:
+    feeds = [{"x": np.ones((2, 3), np.float32)}, {"x": np.zeros((1, 3), np.float32)}]
+    result = onnxopt.optimize(model, data=feeds)
+    assert result.report.validation is not None
+    assert result.report.validation.feeds == 2
+    with pytest.raises(onnxopt.UsageError, match="'x'"):
+        onnxopt.optimize(model, data=[{"x": np.ones((2, 3), np.float64)}])
+
+
+def test_saved_and_loaded(model: ModelProto, tmp_path: Path) -> None:
+    result = onnxopt.optimize(model)
+    result.save(tmp_path / "out.onnx")
+    assert onnx.load(tmp_path / "out.onnx") == result.model
