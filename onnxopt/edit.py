@@ -109,6 +109,7 @@ class Edit:
 
     def erase(self, node: NodeProto) -> None:
         """Remove a node; its outputs need no reader, or a new producer in this edit."""
+        self._check_own(node)
         self._steps.append(lambda j: j.erase(self.graph, node))
 
     def bypass(self, node: NodeProto, values: Mapping[str, str]) -> None:
@@ -117,18 +118,22 @@ class Edit:
         `values` maps each output that is read to its replacement. Where it is an output
         of the scope, the replacement's producer takes over the name.
         """
+        self._check_own(node)
         self._steps.append(lambda j: j.bypass(self.graph, node, values))
 
     def set_input(self, node: NodeProto, index: int, name: str) -> None:
         """Let input `index` of `node` read `name`; slots before it are filled with ""."""
+        self._check_own(node)
         self._steps.append(lambda j: j.set_input(self.graph, node, index, name))
 
     def set_op_type(self, node: NodeProto, op_type: str) -> None:
         """Let `node` be another standard operator, with the inputs that it has."""
+        self._check_own(node)
         self._steps.append(lambda j: j.set_op_type(self.graph, node, op_type))
 
     def set_attribute(self, node: NodeProto, name: str, value: Any) -> None:
         """Set an attribute, or remove it where `value` is None."""
+        self._check_own(node)
         self._steps.append(lambda j: j.set_attribute(self.graph, node, name, value))
 
     def add_weight(self, value: Array | TensorProto, hint: str, name: str = "") -> str:
@@ -158,9 +163,10 @@ class Edit:
         """Correct the declared type of an inner value, where one is declared."""
         self._steps.append(lambda j: j.set_shape(self.graph, name, elem_type, dims))
 
-    def then(self, step: Callable[[_Journal], object]) -> None:
-        """Add a change of the caller's own; it must note its inverse in the journal."""
-        self._steps.append(step)
+    def _check_own(self, node: NodeProto) -> None:
+        """An edit changes nodes of its own scope; an inner node is its own view's."""
+        if not self.graph.holds(node):
+            raise EditError(f"{self.graph.scope}: {node.name!r} is not one of its nodes")
 
     # ---- carrying out ----
 
@@ -185,6 +191,8 @@ class Edit:
             journal.roll_back()
             raise
         journal.publish()
+        if journal.reshaped:
+            graph.model.shapes.forget()
         graph.model.version += 1
         ledger.record(graph, self._subject, why, journal.nodes, journal.bytes)
         return True
@@ -201,6 +209,7 @@ class _Journal:
         self.undefined: list[tuple[GraphView, str]] = []
         self.bytes = 0
         self.nodes = 0
+        self.reshaped = False  # what is known of shapes may no longer hold
 
     def roll_back(self) -> None:
         for inverse in reversed(self.undo):
@@ -327,16 +336,22 @@ class _Journal:
     def set_attribute(
         self, view: GraphView, node: NodeProto, name: str, value: Any
     ) -> None:
-        before = [
-            AttributeProto.FromString(a.SerializeToString()) for a in node.attribute
-        ]
         size = _node_bytes(node)
-        kept = [a for a in before if a.name != name]
+        index = next((i for i, a in enumerate(node.attribute) if a.name == name), None)
+        if index is not None:
+            if node.attribute[index].type in (
+                AttributeProto.GRAPH,
+                AttributeProto.GRAPHS,
+            ):
+                raise EditError(f"{name!r} is a subgraph: edit it by its own view")
+            before = AttributeProto.FromString(node.attribute[index].SerializeToString())
+            del node.attribute[index]
+            self.undo.append(lambda: node.attribute.insert(index, before))
         if value is not None:
-            kept.append(attributes.make(name, value))
-        _replace_all(node.attribute, kept)
+            place = len(node.attribute) if index is None else index
+            node.attribute.insert(place, attributes.make(name, value))
+            self.undo.append(lambda: node.attribute.pop(place))
         self.bytes += _node_bytes(node) - size
-        self.undo.append(lambda: _replace_all(node.attribute, before))
         self.touched.append((view, node))
 
     def set_op_type(self, view: GraphView, node: NodeProto, op_type: str) -> None:
@@ -471,6 +486,7 @@ class _Journal:
         self, view: GraphView, name: str, elem_type: int, dims: Sequence[int | str | None]
     ) -> None:
         """Where the type of `name` is declared: before IR 4 a weight is an input, too."""
+        self.reshaped = True
         weights = view.proto.input if name in view._weights else ()
         for value in (*view.proto.value_info, *weights):
             if not isinstance(value, str) and value.name == name:
@@ -499,6 +515,8 @@ class _Journal:
             if view.is_used(name) and view.home(name) is not view:
                 raise EditError(f"{view.scope}: {name!r} is read but nothing makes it")
         for view, node in self._touched_outwards():
+            if not view.is_unordered:
+                continue  # every dependency agrees with the ranks
             if view.is_out_of_order(node) and view.depends_on_itself(node):
                 raise Refused(f"{view.label(node)} would depend on itself")
 
@@ -519,11 +537,6 @@ def _inner_nodes(node: NodeProto) -> int:
         len(graph.node) + sum(map(_inner_nodes, graph.node))
         for _, graph in attributes.subgraphs(node)
     )
-
-
-def _replace_all(field: Any, items: Iterable[AttributeProto]) -> None:
-    del field[:]
-    field.extend(items)
 
 
 def _set_payload(tensor: TensorProto, new: TensorProto) -> None:

@@ -102,6 +102,7 @@ class PassManager:
         ledger = model.ledger
         before, started = ledger.edits, time.process_time()
         ledger.begin(pass_.name, pass_.guarantee)
+        model.runs = (model.runs or 0) + 1
         pass_.run_model(model, context)
         edits = ledger.edits - before
         if edits:

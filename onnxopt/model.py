@@ -41,7 +41,8 @@ class Model:
         self.weights = weights
         self.notes: list[str] = []
         self.names: set[str] = set()
-        self.version = 0
+        self.version = 0  # edits so far
+        self.runs: int | None = None  # runs of passes so far, where a manager counts
         self.ledger = Ledger()
         self.shapes = Shapes(self)
         self._sequence = itertools.count(-(1 << 60))

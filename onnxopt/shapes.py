@@ -39,8 +39,9 @@ class Shapes:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._known: dict[int, Known] = {}
+        self._known: dict[GraphView, Known] = {}
         self._version = -1
+        self._run: int | None = None
         self._promised: set[str] | None = None
         self._loose: set[str] = set()
 
@@ -84,14 +85,25 @@ class Shapes:
             return tensor.data_type, tuple(tensor.dims)
         if home.is_function:
             return None
-        known = self._known.get(id(home), {}).get(name)
-        if known is None and self._version != self._model.version:
+        known = self._known.get(home, {}).get(name)
+        if known is None and self._may_know_more():
             self._infer()
-            known = self._known.get(id(home), {}).get(name)
+            known = self._known.get(home, {}).get(name)
         return known
+
+    def _may_know_more(self) -> bool:
+        """Whether there were edits; within one run of a pass only once.
+
+        Where a value stays unknown, asking again after every edit would cost an
+        inference of the whole model each time.
+        """
+        if self._version == self._model.version:
+            return False
+        return self._run is None or self._run != self._model.runs or self._version < 0
 
     def _infer(self) -> None:
         self._version = self._model.version
+        self._run = self._model.runs
         self._known = {}
         for view in self._model.views():
             view.settle()
@@ -110,7 +122,7 @@ class Shapes:
                 self._loose.update(_symbols(value.type))
             else:
                 known[value.name.partition(_MARK)[0]] = found
-        self._known[id(view)] = known
+        self._known[view] = known
         if not any(view.children()):
             return
         for ours, theirs in zip(view.proto.node, graph.node, strict=True):

@@ -682,3 +682,57 @@ def test_time_with_a_value_that_all_read() -> None:
     small, large = min(star(500) for _ in range(2)), star(2_000)
     print(f"500 readers: {small:.2f} s of CPU; 2,000 readers: {large:.2f} s")
     assert large < 12 * small
+
+
+def test_an_attribute_keeps_its_place_and_the_subgraphs_their_views() -> None:
+    graph = opened()
+    branch, chooser = inner(graph, "u"), node_of(graph, "z")
+    names = [attribute.name for attribute in chooser.attribute]
+    edit = Edit(graph, chooser)
+    edit.set_attribute(chooser, "note", 7)
+    assert graph.apply(edit, "test")
+    assert [attribute.name for attribute in chooser.attribute] == [*names, "note"]
+    node = node_of(branch, "p")
+    edit = Edit(branch, node)
+    edit.bypass(node, {"p": "u"})
+    assert branch.apply(edit, "test")
+    branch.settle()
+    made = [inner_node.op_type for inner_node in chooser.attribute[0].g.node]
+    assert made == ["Neg"]
+    verifier.verify(graph.model, "test", rebuild=True)
+
+
+def test_a_subgraph_is_not_set_as_an_attribute() -> None:
+    graph = opened()
+    edit = Edit(graph, node_of(graph, "z"))
+    edit.set_attribute(node_of(graph, "z"), "then_branch", None)
+    with pytest.raises(EditError, match="subgraph"):
+        graph.apply(edit, "test")
+
+
+def test_an_edit_does_not_reach_into_other_scopes() -> None:
+    graph = opened()
+    foreign = node_of(inner(graph, "u"), "u")
+    edit = Edit(graph, node_of(graph, "a"))
+    for change in (
+        lambda: edit.set_input(foreign, 0, "a"),
+        lambda: edit.erase(foreign),
+        lambda: edit.bypass(foreign, {"u": "b"}),
+        lambda: edit.set_attribute(foreign, "k", 1),
+        lambda: edit.set_op_type(foreign, "Abs"),
+    ):
+        with pytest.raises(EditError, match="not one of its nodes"):
+            change()
+
+
+def test_shapes_follow_a_weight_of_another_shape() -> None:
+    graph = opened(
+        "main (float[1,4] x) => (float[1,n] y) "
+        "<float[4,2] W = {1, 2, 3, 4, 5, 6, 7, 8}> { t = MatMul (x, W) y = Neg (t) }"
+    )
+    assert graph.shape("t") == (1, 2)
+    edit = Edit(graph, node_of(graph, "t"))
+    edit.set_weight("W", np.ones((4, 3), np.float32))
+    assert graph.apply(edit, "test")
+    assert graph.shape("t") == (1, 3)
+    assert graph.shape("y") == (1, 3)

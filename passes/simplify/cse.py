@@ -10,12 +10,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from onnx import AttributeProto, NodeProto
 
+from onnxopt import attributes
 from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
 from onnxopt.manager import Context, Pass
@@ -40,20 +40,36 @@ class ShareCommonSubexpressions(Pass):
     guarantee: ClassVar[Guarantee] = "bitwise"
 
     def run(self, graph: GraphView, context: Context) -> None:
-        """Compare each node with the others that read its least read input."""
-        for node in graph.visit(self):
-            if not _is_comparable(graph, node):
+        """In topological order, so that what reads twins becomes twins in turn."""
+        changed = [node for node in graph.visit(self) if _is_comparable(graph, node)]
+        if not changed:
+            return
+        firsts: dict[Key, NodeProto] = {}
+        for node in graph.nodes():
+            if attributes.has_references(node) or not _is_comparable(graph, node):
                 continue
-            for twin in _twins(graph, node):
-                first, second = (
-                    (node, twin) if graph.precedes(node, twin) else (twin, node)
-                )
-                edit = Edit(graph, second)
-                pairs = zip(second.output, first.output, strict=True)
-                edit.bypass(second, {old: new for old, new in pairs if old})
-                graph.apply(edit, f"{graph.label(first)} computes the same")
-                if not graph.holds(node):
-                    break
+            first = firsts.setdefault(_key(node), node)
+            if first is not node:
+                _merge(graph, first, node)
+
+
+Key = tuple[str, tuple[str, ...], tuple[bool, ...], tuple[bytes, ...]]
+
+
+def _key(node: NodeProto) -> Key:
+    """Nodes with equal keys compute equal outputs."""
+    settings = sorted(
+        item.SerializeToString(deterministic=True) for item in node.attribute
+    )
+    made = tuple(bool(name) for name in node.output)
+    return node.op_type, tuple(node.input), made, tuple(settings)
+
+
+def _merge(graph: GraphView, first: NodeProto, second: NodeProto) -> None:
+    edit = Edit(graph, second)
+    pairs = zip(second.output, first.output, strict=True)
+    edit.bypass(second, {old: new for old, new in pairs if old})
+    graph.apply(edit, f"{graph.label(first)} computes the same")
 
 
 def _is_comparable(graph: GraphView, node: NodeProto) -> bool:
@@ -61,20 +77,3 @@ def _is_comparable(graph: GraphView, node: NodeProto) -> bool:
         return False
     inner = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
     return all(attribute.type not in inner for attribute in node.attribute)
-
-
-def _twins(graph: GraphView, node: NodeProto) -> Iterator[NodeProto]:
-    readers = min((graph.home_uses(name) for name in node.input if name), key=len)
-    for use in readers:
-        twin = use.node
-        if twin is node or use.view is not graph or not graph.holds(twin):
-            continue
-        same = twin.op_type == node.op_type and list(twin.input) == list(node.input)
-        if same and _is_comparable(graph, twin) and _settings(twin) == _settings(node):
-            made = [bool(name) for name in twin.output]
-            if made == [bool(name) for name in node.output]:
-                yield twin
-
-
-def _settings(node: NodeProto) -> list[bytes]:
-    return sorted(item.SerializeToString(deterministic=True) for item in node.attribute)
