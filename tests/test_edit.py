@@ -686,7 +686,7 @@ def test_time_with_a_value_that_all_read() -> None:
 
 def test_an_attribute_keeps_its_place_and_the_subgraphs_their_views() -> None:
     graph = opened()
-    branch, chooser = inner(graph, "u"), node_of(graph, "z")
+    branch, chooser = inner(graph, "then"), node_of(graph, "z")
     names = [attribute.name for attribute in chooser.attribute]
     edit = Edit(graph, chooser)
     edit.set_attribute(chooser, "note", 7)
@@ -712,7 +712,7 @@ def test_a_subgraph_is_not_set_as_an_attribute() -> None:
 
 def test_an_edit_does_not_reach_into_other_scopes() -> None:
     graph = opened()
-    foreign = node_of(inner(graph, "u"), "u")
+    foreign = node_of(inner(graph, "then"), "u")
     edit = Edit(graph, node_of(graph, "a"))
     for change in (
         lambda: edit.set_input(foreign, 0, "a"),
