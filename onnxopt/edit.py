@@ -22,7 +22,7 @@ from onnx import (
     helper,
 )
 
-from onnxopt import attributes
+from onnxopt import attributes, operators
 from onnxopt.graph import GraphView, Read, constant_value
 from onnxopt.weights import Array, attribute_tensors, tensor_bytes
 
@@ -233,6 +233,7 @@ class _Journal:
     # ---- nodes ----
 
     def insert(self, view: GraphView, node: NodeProto, anchor: NodeProto) -> NodeProto:
+        _check_exists(view, node.op_type, node.domain)
         view.proto.node.append(node)
         kept: NodeProto = view.proto.node[-1]
         self.undo.append(lambda: self._detach(view, kept))
@@ -355,6 +356,7 @@ class _Journal:
         self.touched.append((view, node))
 
     def set_op_type(self, view: GraphView, node: NodeProto, op_type: str) -> None:
+        _check_exists(view, op_type, node.domain)
         before = node.op_type
         node.op_type = op_type
         self.undo.append(lambda: setattr(node, "op_type", before))
@@ -519,6 +521,16 @@ class _Journal:
                 continue  # every dependency agrees with the ranks
             if view.is_out_of_order(node) and view.depends_on_itself(node):
                 raise Refused(f"{view.label(node)} would depend on itself")
+
+
+def _check_exists(view: GraphView, op_type: str, domain: str) -> None:
+    """Never emit an operator that the scope's operator sets lack."""
+    opset = view.opset(domain)
+    if domain not in ("", "ai.onnx"):
+        if not opset:
+            raise Refused(f"the model does not import the domain {domain!r}")
+    elif not operators.exists(op_type, opset):
+        raise Refused(f"opset {opset} has no {op_type}")
 
 
 def _node_bytes(node: NodeProto) -> int:

@@ -45,6 +45,12 @@ class ValidationError(OnnxoptError):
     exit_code = 1
 
 
+class PassError(OnnxoptError):
+    """A pass broke: a bug in it. The model that came in is untouched."""
+
+    exit_code = 70
+
+
 class WorkerError(OnnxoptError):
     """A worker process did not finish its job; the subclass says how."""
 

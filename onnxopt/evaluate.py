@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 import numpy as np
+from google.protobuf.message import EncodeError
 from onnx import ModelProto, NodeProto, ValueInfoProto, helper
 
 from onnxopt.errors import ProviderError, SessionError, WorkerError
@@ -48,7 +49,7 @@ class Evaluator:
         """
         names = [value.name for value in model.graph.output]
         try:
-            session = self._worker.load(model.SerializeToString())
+            session = self._worker.load(_serialized(model))
             try:
                 values = session.run({})
             finally:
@@ -83,6 +84,13 @@ def constant_model(
     model.graph.node.extend(nodes)
     model.graph.output.extend(ValueInfoProto(name=name) for name in outputs)
     return model
+
+
+def _serialized(model: ModelProto) -> bytes:
+    try:
+        return bytes(model.SerializeToString())
+    except (EncodeError, ValueError):
+        raise EvaluationError("its sources take more than 2 GiB") from None
 
 
 def _by_reference(model: ModelProto, names: Sequence[str]) -> dict[str, Array]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 
-from onnxopt.errors import UsageError
+from onnxopt.errors import SessionError, UsageError
 from onnxopt.inputs import Dim, Feed, Feeds, InputSpec, shape_text
 from onnxopt.ranges import Bound, index_bounds
 
@@ -46,6 +47,8 @@ _LENGTH = re.compile(r"len(gth)?s?$", re.IGNORECASE)
 _SUM = re.compile(r"\s*(\w+)\s*([-+*])\s*(\w+)\s*")
 _DEFAULT_BOUND = 10
 _RANK_IF_OPEN = 2
+_LARGEST = 1 << 30
+"""Bytes of one input beyond which no values are made up."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,12 @@ def _value(feeds: GeneratedFeeds, spec: InputSpec, index: int, binding: Binding)
     random = _generator(feeds.seed, spec.name, index)
     dims = spec.shape if spec.shape is not None else (None,) * _RANK_IF_OPEN
     shape = tuple(_size(spec, axis, dim, binding) for axis, dim in enumerate(dims))
+    size = math.prod(shape) * spec.dtype.itemsize
+    if size > _LARGEST:
+        raise SessionError(
+            f"made-up values of input {spec.name!r} would take {size:,} bytes "
+            f"({shape_text(shape)}): give feeds (--data)"
+        )
     bound = _bound(feeds.bounds.get(spec.name, ()), binding)
     if spec.kind.endswith("sequence"):
         return [_array(random, spec, shape, bound, index) for _ in range(1 + index % 3)]

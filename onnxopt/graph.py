@@ -78,7 +78,7 @@ class GraphView:
         self._gone: set[str] = set()
         self._unordered = False  # some rank contradicts a dependency
         self._misplaced = False  # the protobuf's order contradicts the ranks
-        self._cursors: dict[object, int] = {}
+        self._cursors: dict[int, tuple[object, int]] = {}
         self._index()
 
     # ---- asking ----
@@ -270,7 +270,7 @@ class GraphView:
         function's attributes are left out unless `references`: their values differ by
         call site.
         """
-        start = self._cursors.get(owner)
+        _, start = self._cursors.get(id(owner), (owner, None))
         queue = deque(self.nodes() if start is None else self._around(start))
         seen, budget = len(self.changes), 1000 + 60 * len(self._nodes)
         while queue:
@@ -284,7 +284,7 @@ class GraphView:
             if len(self.changes) > seen:
                 queue.extend(self._around(seen))
                 seen = len(self.changes)
-        self._cursors[owner] = len(self.changes)
+        self._cursors[id(owner)] = owner, len(self.changes)
 
     def forget_visits(self) -> None:
         """Let the next visit of each owner be of all nodes."""

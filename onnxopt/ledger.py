@@ -16,6 +16,8 @@ log = logging.getLogger("onnxopt.edit")
 
 GROWTH_FLOOR = 1_000_000
 GROWTH_FACTOR = 1.02
+BISECT_LIMIT = "the bisect limit is reached"
+"""A refusal that says nothing about the node, so that reports leave it out."""
 
 
 class Ledger:
@@ -52,7 +54,7 @@ class Ledger:
         `most` is a bound of the edit's own on its growth.
         """
         if self.limit is not None and self.edits >= self.limit:
-            return "the bisect limit is reached"
+            return BISECT_LIMIT
         if most is not None and growth > most:
             return f"the model would grow by {growth:,} bytes"
         if self.most_bytes is None or growth <= 0:
@@ -85,7 +87,7 @@ class Ledger:
     def skip(self, graph: GraphView, node: NodeProto, reason: str) -> None:
         """Record that the running pass left `node` alone."""
         skips = self._skips.get(self._running)
-        if skips is not None:
+        if skips is not None and reason != BISECT_LIMIT:
             skips[graph.scope, id(node)] = graph, node, reason
 
     def reports(self) -> list[PassReport]:

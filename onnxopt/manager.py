@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from onnxopt import verifier
+from onnxopt.errors import OnnxoptError, PassError
 from onnxopt.evaluate import Evaluator
 from onnxopt.graph import GraphView
 from onnxopt.model import Model
@@ -103,7 +104,7 @@ class PassManager:
         before, started = ledger.edits, time.process_time()
         ledger.begin(pass_.name, pass_.guarantee)
         model.runs = (model.runs or 0) + 1
-        pass_.run_model(model, context)
+        _run_pass(pass_, model, context)
         edits = ledger.edits - before
         if edits:
             model.settle()
@@ -114,6 +115,17 @@ class PassManager:
         if self.observer is not None:
             self.observer(pass_, model, edits)
         return edits
+
+
+def _run_pass(pass_: Pass, model: Model, context: Context) -> None:
+    """Let an error that is nobody's on purpose name the pass."""
+    try:
+        pass_.run_model(model, context)
+    except (OnnxoptError, MemoryError):
+        raise
+    except Exception as error:
+        text = f"pass {pass_.name} failed: {type(error).__name__}: {error}"
+        raise PassError(text) from error
 
 
 def _look_anew(model: Model) -> None:

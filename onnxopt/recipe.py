@@ -40,20 +40,44 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 def pass_table() -> dict[str, type[Pass]]:
-    """Every pass by name: ours, then those of the entry-point group `onnxopt.passes`."""
-    table = dict(PASSES)
-    for entry in importlib.metadata.entry_points(group="onnxopt.passes"):
-        if entry.name not in table:
-            table[entry.name] = entry.load()
-    return table
+    """Every pass by name: ours, then those of the entry-point group `onnxopt.passes`.
+
+    Raises UsageError where a package's pass cannot be loaded.
+    """
+    return {**{name: _load(entry) for name, entry in _entries().items()}, **PASSES}
+
+
+def _entries() -> dict[str, importlib.metadata.EntryPoint]:
+    found = importlib.metadata.entry_points(group="onnxopt.passes")
+    return {entry.name: entry for entry in found}
+
+
+def _load(entry: importlib.metadata.EntryPoint) -> type[Pass]:
+    package = entry.dist.name if entry.dist else entry.value
+    try:
+        kind = entry.load()
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        raise UsageError(f"pass {entry.name!r} of {package}: {text}") from error
+    if not (isinstance(kind, type) and issubclass(kind, Pass)):
+        raise UsageError(f"pass {entry.name!r} of {package} is no onnxopt Pass")
+    return kind
+
+
+def _find(name: str) -> type[Pass]:
+    """One pass; those of other packages are loaded only where they are named."""
+    if name in PASSES:
+        return PASSES[name]
+    entries = _entries()
+    if name not in entries:
+        known = ", ".join(sorted({*PASSES, *entries}))
+        raise UsageError(f"unknown pass {name!r}; there are {known}")
+    return _load(entries[name])
 
 
 def make_pass(name: str, parameters: Mapping[str, Any] | None = None) -> Pass:
     """The pass `name` with its parameters; raises UsageError naming what is wrong."""
-    table = pass_table()
-    if name not in table:
-        raise UsageError(f"unknown pass {name!r}; there are {', '.join(sorted(table))}")
-    kind, values = table[name], dict(parameters or {})
+    kind, values = _find(name), dict(parameters or {})
     known = {item.name for item in dataclasses.fields(kind)}
     for key in values:
         if key not in known:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from onnx import GraphProto, ModelProto, TypeProto, ValueInfoProto, shape_inference
 
-from onnxopt import attributes
+from onnxopt import attributes, memory
 from onnxopt.graph import constant_value
 from onnxopt.weights import WeightStore, place, tensor_bytes
 from onnxopt.wire import MIN_PAYLOAD
@@ -27,6 +27,9 @@ log = logging.getLogger("onnxopt.shapes")
 
 _MARK = "\0"
 """What stands between a name and the number that makes it unique for inference."""
+
+_LID = 512 << 20
+"""Bytes that following the values of shapes may take."""
 
 Known = dict[str, tuple[int, "Shape | None"]]
 
@@ -44,6 +47,7 @@ class Shapes:
         self._run: int | None = None
         self._promised: set[str] | None = None
         self._loose: set[str] = set()
+        self._is_explosive = False
 
     def shape(self, view: GraphView, name: str) -> Shape | None:
         """Dims of `name` (int, symbol or None each), None where even the rank is open."""
@@ -108,11 +112,26 @@ class Shapes:
         for view in self._model.views():
             view.settle()
         try:
-            inferred = shape_inference.infer_shapes(_bare(self._model), data_prop=True)
+            inferred = self._inferred(_bare(self._model))
         except (shape_inference.InferenceError, ValueError) as error:
             log.info("shape inference failed: %s", error)
             return
         self._read(self._model.main, inferred.graph)
+
+    def _inferred(self, bare: ModelProto) -> ModelProto:
+        """With the values of shapes followed, unless that would take all memory.
+
+        onnx keeps an object for each element of a vector whose size it knows, so that
+        one long vector (a bomb, or weights in one dimension) costs 100 times its size.
+        """
+        if not self._is_explosive:
+            try:
+                with memory.at_most(_LID + 8 * bare.ByteSize()):
+                    return shape_inference.infer_shapes(bare, data_prop=True)
+            except MemoryError:
+                log.info("shape inference does without the values of shapes")
+                self._is_explosive = True
+        return shape_inference.infer_shapes(bare)
 
     def _read(self, view: GraphView, graph: GraphProto) -> None:
         known: Known = {}

@@ -193,6 +193,9 @@ def test_a_refused_edit_leaves_no_trace(refuse: Callable[[GraphView], Edit]) -> 
     assert [node.output[0] for node in view.nodes()] == order
     assert all(not scope.changes for scope in view.model.views())
     assert (view.model.ledger.edits, view.model.ledger.bytes) == (0, state)
+    if refuse is refuse_by_limit:
+        assert not support.skips(view.model)  # the limit says nothing about the node
+        return
     (skip,) = support.skips(view.model)
     assert skip.node == view.label(edit.node)
     assert skip.reason
@@ -736,3 +739,25 @@ def test_shapes_follow_a_weight_of_another_shape() -> None:
     assert graph.apply(edit, "test")
     assert graph.shape("t") == (1, 3)
     assert graph.shape("y") == (1, 3)
+
+
+def refuse_missing_operator(view: GraphView) -> Edit:
+    edit = Edit(view, node_of(view, "a"))
+    edit.rewrite("Gelu", ["t"])
+    return edit
+
+
+def refuse_missing_domain(view: GraphView) -> Edit:
+    edit = Edit(view, node_of(view, "a"))
+    edit.rewrite("FusedGemm", ["t"], domain="com.microsoft")
+    return edit
+
+
+@pytest.mark.parametrize("refuse", [refuse_missing_operator, refuse_missing_domain])
+def test_no_operator_that_the_model_lacks(refuse: Callable[[GraphView], Edit]) -> None:
+    view = opened()
+    edit = refuse(view)
+    assert not view.apply(edit, "test")
+    (skip,) = support.skips(view.model)
+    assert "has no Gelu" in skip.reason or "com.microsoft" in skip.reason
+    verifier.verify(view.model, "test", rebuild=True)

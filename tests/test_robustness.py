@@ -323,6 +323,66 @@ def test_expanding_chains_are_left_in_place(tmp_path: Path) -> None:
     assert any("bytes" in reason or "size" in reason for reason in reasons)
 
 
+BOMBS = {
+    "constant": "a = ConstantOfShape(square) s = ReduceMax<keepdims = 0>(a)",
+    "range": """a = Range(zero, huge, one) c = Cast<to = 1>(a)
+        s = ReduceMax<keepdims = 0>(c)""",
+    "tiles": """k = Cast<to = 1>(many) a = Tile(k, many) b = Tile(a, many)
+        s = ReduceMax<keepdims = 0>(b)""",
+    "computed": """n = Mul(many, many) a = ConstantOfShape(n) b = Add(a, a)
+        s = ReduceMax<keepdims = 0>(b)""",
+    "pad": """k = Cast<to = 1>(many) a = Pad(k, sides) s = ReduceMax<keepdims = 0>(a)""",
+    "one hot": """c = Cast<to = 1>(square) a = OneHot(many, huge, c)
+        s = ReduceMax<keepdims = 0>(a)""",
+    "product": """a = ConstantOfShape(tall) b = ConstantOfShape(wide) c = MatMul(a, b)
+        s = ReduceMax<keepdims = 0>(c)""",
+    "doubling": "a0 = Cast<to = 1>(many) "
+    + " ".join(f"a{i + 1} = Concat<axis = 0>(a{i}, a{i})" for i in range(40))
+    + " s = ReduceMax<keepdims = 0>(a40)",
+}
+_MEASURE = """
+import resource, sys, onnxopt
+for path in sys.argv[1:]:
+    result = onnxopt.optimize(path, validate=False)
+    print(result.report.output.bytes.model)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss in KiB")
+def test_bombs_take_neither_time_nor_memory(tmp_path: Path) -> None:
+    paths = []
+    for name, body in BOMBS.items():
+        model = onnx.parser.parse_model(
+            f"""<ir_version: 8, opset_import: ["" : 17]>
+            g (float[1] x) => (float[1] y)
+            <int64[1] many = {{1048576}}, int64[2] square = {{1048576, 1048576}},
+             int64[2] tall = {{1048576, 1}}, int64[2] wide = {{1, 1048576}},
+             int64[2] sides = {{0, 1099511627776}}, int64 huge = {{1099511627776}},
+             int64 zero = {{0}}, int64 one = {{1}}> {{ {body} y = Add(x, s) }}"""
+        )
+        paths.append(tmp_path / f"{name}.onnx")
+        onnx.save(model, paths[-1])
+    command = [sys.executable, "-c", _MEASURE, *map(str, paths)]
+    started = time.monotonic()
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert time.monotonic() - started < 10 * len(BOMBS)
+    *sizes, peak = map(int, ran.stdout.split())
+    assert len(sizes) == len(BOMBS)
+    assert max(sizes) < 10_000
+    assert peak < 1 << 20
+
+
+def test_inputs_too_large_to_be_made_up_are_not_run() -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    g (float[1152921504606846976] x) => (float[n] y) { y = ReduceMax<keepdims = 0>(x) }"""
+    result = onnxopt.optimize(onnx.parser.parse_model(text))
+    validation = result.report.validation
+    assert validation is not None
+    assert validation.status == "not_run"
+    assert "'x'" in str(validation.reason)
+
+
 # ---- faults ----
 
 _SAVE_FOREVER = """

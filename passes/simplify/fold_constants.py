@@ -29,28 +29,23 @@ from onnxopt.edit import Edit
 from onnxopt.evaluate import EvaluationError, constant_model
 from onnxopt.graph import GraphView, constant_value
 from onnxopt.manager import Context, Pass
+from onnxopt.operators import RANDOM
 from onnxopt.report import Guarantee
 from onnxopt.weights import Array, payload_bytes, tensor_bytes
 
-_NEVER = {
-    "Bernoulli",
-    "DequantizeLinear",
-    "Dropout",
-    "Multinomial",
-    "QuantizeLinear",
-    "RandomNormal",
-    "RandomNormalLike",
-    "RandomUniform",
-    "RandomUniformLike",
+_NEVER = RANDOM | {"DequantizeLinear", "QuantizeLinear"}
+_WIDE = {
+    TensorProto.FLOAT,
+    TensorProto.DOUBLE,
+    TensorProto.INT32,
+    TensorProto.INT64,
+    TensorProto.UINT32,
+    TensorProto.UINT64,
+    TensorProto.BOOL,
+    TensorProto.STRING,
 }
-_NARROW = {
-    TensorProto.INT8,
-    TensorProto.UINT8,
-    TensorProto.INT4,
-    TensorProto.UINT4,
-    TensorProto.FLOAT8E4M3FN,
-    TensorProto.FLOAT8E5M2,
-}
+"""Types that no quantizer stores weights in; all others stay behind their Cast."""
+_SMALL_SOURCE = 256
 MAX_VALUE_BYTES = 512 << 20
 """No value larger than this is computed, not even on the way to a smaller one."""
 
@@ -185,11 +180,11 @@ def _is_foldable(graph: GraphView, node: NodeProto) -> bool:
     """Whether the pass may compute this operator at all, its inputs aside."""
     if graph.op(node) != node.op_type or node.op_type in _NEVER or not node.output:
         return False
-    if node.op_type == "Cast" and graph.dtype(node.input[0]) in _NARROW:
-        # integer weights behind a Cast stay integer, however small the model
+    if node.op_type == "Cast" and graph.dtype(node.input[0]) not in _WIDE:
+        # narrow weights behind a Cast stay narrow, however small the model
         tensor = graph.weight(node.input[0])
         if tensor is not None and math.prod(tensor.dims) > arithmetic.MAX_ELEMENTS:
-            graph.skip(node, "it would expand integer weights")
+            graph.skip(node, "it would expand narrow weights")
             return False
     return not any(True for _ in attributes.subgraphs(node))
 
@@ -264,7 +259,11 @@ def _is_frontier(
 
 
 def _groups(graph: GraphView, pending: dict[int, NodeProto]) -> Iterator[list[NodeProto]]:
-    """Pending nodes that share values or sources: what goes into one session."""
+    """Pending nodes that share values or large sources: what goes into one session.
+
+    A large source goes when the last of its readers does, so these fold together; a
+    small one, such as the 127 of every scale, may stay.
+    """
     leader: dict[str, str] = {}
 
     def find(name: str) -> str:
@@ -274,13 +273,18 @@ def _groups(graph: GraphView, pending: dict[int, NodeProto]) -> Iterator[list[No
         return name
 
     for node in pending.values():
-        first, *others = [name for name in (*node.output, *node.input) if name]
-        for name in others:
+        first, *others = filter(None, node.output)
+        for name in (*others, *(n for n in node.input if n and _is_tie(graph, n))):
             leader[find(name)] = find(first)
     groups: dict[str, list[NodeProto]] = {}
     for node in pending.values():
         groups.setdefault(find(node.output[0]), []).append(node)
     yield from groups.values()
+
+
+def _is_tie(graph: GraphView, name: str) -> bool:
+    tensor = graph.weight(name)
+    return tensor is None or tensor_bytes(tensor) > _SMALL_SOURCE
 
 
 def _read(graph: GraphView, nodes: list[NodeProto]) -> list[str]:
