@@ -149,6 +149,27 @@ def refuse_output_of_output(view: GraphView) -> Edit:
     return edit
 
 
+def refuse_by_operator_set(view: GraphView) -> Edit:
+    """An operator that the model's opset has not got."""
+    edit = bypass_all(view)
+    edit.insert("Gelu", ["x"])
+    return edit
+
+
+def refuse_by_old_operator(view: GraphView) -> Edit:
+    """An operator that a node would become, which the opset has no more."""
+    edit = bypass_all(view)
+    edit.set_op_type(node_of(view, "b"), "Upsample")
+    return edit
+
+
+def refuse_by_domain(view: GraphView) -> Edit:
+    """A domain that the model does not import."""
+    edit = bypass_all(view)
+    edit.insert("QuickGelu", ["x"], domain="com.microsoft")
+    return edit
+
+
 def refuse_in_a_branch(view: GraphView) -> Edit:
     """A branch would hand an outer value on."""
     then = inner(view, "then")
@@ -165,6 +186,9 @@ REFUSALS: list[Callable[[GraphView], Edit]] = [
     refuse_by_captured_cycle,
     refuse_output_of_input,
     refuse_output_of_output,
+    refuse_by_operator_set,
+    refuse_by_old_operator,
+    refuse_by_domain,
     refuse_in_a_branch,
 ]
 
@@ -610,6 +634,11 @@ def test_attributes_are_set_replaced_and_removed() -> None:
     for value, expected in ((0.25, [0.25]), (None, [])):
         edit = Edit(view, node_of(view, "y"))
         edit.set_attribute(edit.node, "alpha", value)
+        before = view.model.proto.SerializeToString(deterministic=True)
+        view.model.ledger.limit = 0
+        assert not view.apply(edit, "test")
+        assert view.model.proto.SerializeToString(deterministic=True) == before
+        view.model.ledger.limit = None
         assert view.apply(edit, "test")
         found = [attribute.f for attribute in node_of(view, "y").attribute]
         assert found == expected

@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 
 from onnxopt import recipe
-from onnxopt.errors import UsageError
+from onnxopt.errors import PassError, UsageError
 from onnxopt.graph import GraphView
 from onnxopt.manager import Context, Pass, PassManager
 from onnxopt.model import Model
@@ -40,8 +40,8 @@ class Example(Pass):
         """Nothing."""
 
 
-@pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=[False])
+def example(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Let `example` be a pass that another package brings."""
     entry = importlib.metadata.EntryPoint(
         "example", f"{__name__}:Example", "onnxopt.passes"
@@ -50,8 +50,15 @@ def example(monkeypatch: pytest.MonkeyPatch) -> None:
         "identity", f"{__name__}:Example", "onnxopt.passes"
     )
 
+    absent, other = (
+        importlib.metadata.EntryPoint(name, value, "onnxopt.passes")
+        for name, value in (("absent", "no_such_module:P"), ("other", "pathlib:Path"))
+    )
+
     def entry_points(group: str) -> list[importlib.metadata.EntryPoint]:
-        return [entry, shadow] if group == "onnxopt.passes" else []
+        return [entry, shadow, *faulty] if group == "onnxopt.passes" else []
+
+    faulty = [absent, other] if request.param else []
 
     monkeypatch.setattr(recipe.importlib.metadata, "entry_points", entry_points)
 
@@ -119,6 +126,18 @@ def test_other_packages_bring_passes() -> None:
     assert parse_pipeline("example") == [Example()]
     assert parse_pipeline("identity") == [RemoveIdentity()]
     assert set(recipe.pass_table()) == {*PASSES, "example"}
+
+
+@pytest.mark.usefixtures("example")
+@pytest.mark.parametrize("example", [True], indirect=True)
+def test_passes_that_cannot_be_loaded_are_told_where_they_are_named() -> None:
+    assert parse_pipeline("example,identity") == [Example(), RemoveIdentity()]
+    with pytest.raises(UsageError, match=r"pass 'absent' of .*no_such_module"):
+        parse_pipeline("absent")
+    with pytest.raises(UsageError, match=r"pass 'other' of .* is no onnxopt Pass"):
+        parse_pipeline("other")
+    with pytest.raises(UsageError, match="there are absent, cse"):
+        parse_pipeline("nothing")
 
 
 # ---- recipes ----
@@ -234,6 +253,25 @@ def test_the_manager_tells_what_ran() -> None:
     assert model.notes == []
 
 
+def test_shapes_known_late_are_used_far_away() -> None:
+    """A fold tells the shapes of values that no edit is next to."""
+    source = support.model_of("""
+main (float[2,3] x) => (float[2,3] y)
+   <int64[2] k = {7, 13}, int64[2] m = {5, 5}, int64[2] one = {1, 1}> {
+   s = Div (k, m)
+   n = Add (s, one)
+   d = Min (n, k)
+   t = Reshape (x, d)
+   u = Neg (t)
+   v = Exp (u)
+   w = Expand (v, one)
+   y = Abs (w)
+}""")
+    source.graph.initializer[0].int64_data[:] = [5, 10]
+    model = support.run_passes(source, "no-op,fold-constants")
+    assert support.op_types(model) == ["Neg", "Exp", "Abs"]
+
+
 def test_the_empty_pipeline_changes_nothing() -> None:
     source = support.model_of(CHAIN)
     model = support.run_passes(source, "")
@@ -257,6 +295,24 @@ class Restless(Pass):
             edit = Edit(graph, node)
             edit.set_attribute(node, "count", len(node.attribute))
             graph.apply(edit, "for ever")
+
+
+@dataclass(frozen=True)
+class Broken(Pass):
+    """A pass with a bug."""
+
+    name: ClassVar[str] = "broken"
+    guarantee: ClassVar[Guarantee] = "bitwise"
+
+    def run(self, graph: GraphView, context: Context) -> None:
+        """Divide by zero."""
+        raise ZeroDivisionError("a bug")
+
+
+def test_a_bug_names_its_pass() -> None:
+    model = Model.open(support.model_of(CHAIN))
+    with pytest.raises(PassError, match="pass broken failed: ZeroDivisionError: a bug"):
+        PassManager([Broken()]).run(model)
 
 
 def test_rounds_are_bounded() -> None:
