@@ -10,7 +10,7 @@ import onnx
 import onnx.parser
 import onnx_graphsurgeon as gs
 import pytest
-from onnx import ModelProto
+from onnx import ModelProto, helper, numpy_helper
 
 import onnxopt
 
@@ -119,3 +119,27 @@ def test_saved_and_loaded(model: ModelProto, tmp_path: Path) -> None:
     result = onnxopt.optimize(model)
     result.save(tmp_path / "out.onnx")
     assert onnx.load(tmp_path / "out.onnx") == result.model
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_weight_that_becomes_a_constant_is_no_difference(dtype: type) -> None:
+    """ONNX Runtime packs constant weights, and rounds float16 by their neighbours."""
+    random = np.random.default_rng(0)
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    weight = numpy_helper.from_array(random.standard_normal((48, 64)).astype(dtype), "W")
+    graph = helper.make_graph(
+        [
+            helper.make_node("Transpose", ["W"], ["w"]),
+            helper.make_node("MatMul", ["x", "w"], ["y"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", kind, ["n", 64])],
+        [helper.make_tensor_value_info("y", kind, ["n", 48])],
+        [weight],
+    )
+    imports = [helper.make_opsetid("", 17)]
+    model = helper.make_model(graph, opset_imports=imports, ir_version=8)
+    result = onnxopt.optimize(model)
+    assert [node.op_type for node in result.model.graph.node] == ["MatMul"]
+    assert result.report.validation is not None
+    assert result.report.validation.status == "passed"
