@@ -6,27 +6,21 @@ declared ranks are sometimes wrong, and a rewrite may only rest on what is infer
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from onnx import GraphProto, ModelProto, TypeProto, ValueInfoProto, shape_inference
 
 from onnxopt import attributes, memory
-from onnxopt.graph import constant_value
-from onnxopt.weights import WeightStore, place, tensor_bytes
-from onnxopt.wire import MIN_PAYLOAD
+from onnxopt.bare import MARK, bare_copy
 
 if TYPE_CHECKING:
     from onnxopt.graph import GraphView, Shape
     from onnxopt.model import Model
 
 log = logging.getLogger("onnxopt.shapes")
-
-_MARK = "\0"
-"""What stands between a name and the number that makes it unique for inference."""
 
 _LID = 512 << 20
 """Bytes that following the values of shapes may take."""
@@ -112,7 +106,7 @@ class Shapes:
         for view in self._model.views():
             view.settle()
         try:
-            inferred = self._inferred(_bare(self._model))
+            inferred = self._inferred(bare_copy(self._model))
         except (shape_inference.InferenceError, ValueError) as error:
             log.info("shape inference failed: %s", error)
             return
@@ -140,7 +134,7 @@ class Shapes:
             if found is None:
                 self._loose.update(_symbols(value.type))
             else:
-                known[value.name.partition(_MARK)[0]] = found
+                known[value.name.partition(MARK)[0]] = found
         self._known[view] = known
         if not any(view.children()):
             return
@@ -171,72 +165,3 @@ def _symbols(kind: TypeProto) -> Iterator[str]:
             yield from _symbols(inner.elem_type)
     if kind.map_type.HasField("value_type"):
         yield from _symbols(kind.map_type.value_type)
-
-
-def _bare(model: Model) -> ModelProto:
-    """A copy for inference: small weights inline, large ones absent, nothing declared."""
-    copy = ModelProto()
-    copy.CopyFrom(model.proto)
-    for value in copy.graph.input:
-        if not value.type.HasField("tensor_type"):
-            _drop_dims(value.type)  # nobody holds the elements of a feed to them
-    _bare_graph(copy.graph, model.weights)
-    numbers = itertools.count()
-    for nodes in (copy.graph.node, *(function.node for function in copy.functions)):
-        for node in nodes:
-            for _, inner in attributes.subgraphs(node) if node.attribute else ():
-                _rename(inner, {}, numbers)
-    return copy
-
-
-def _rename(graph: GraphProto, outer: Mapping[str, str], numbers: Iterator[int]) -> None:
-    """Give the values of an inner graph names that no other graph has.
-
-    ONNX's inference remembers the values of shapes by name alone, whatever the scope.
-    """
-    given = [*graph.input, *graph.initializer]
-    names = [item.name for item in given]
-    names += [item.values.name for item in graph.sparse_initializer]
-    names += [name for node in graph.node for name in node.output if name]
-    seen = {**outer, **{name: f"{name}{_MARK}{next(numbers)}" for name in names}}
-    for item in (*given, *graph.output):
-        item.name = seen.get(item.name, item.name)
-    for sparse in graph.sparse_initializer:
-        sparse.values.name = seen[sparse.values.name]
-    for node in graph.node:
-        for values in (node.input, node.output):
-            values[:] = [seen.get(name, name) for name in values]
-        for _, inner in attributes.subgraphs(node) if node.attribute else ():
-            _rename(inner, seen, numbers)
-
-
-def _bare_graph(graph: GraphProto, weights: WeightStore) -> None:
-    del graph.value_info[:]
-    for output in graph.output:
-        _drop_dims(output.type)
-    for tensor in graph.initializer:
-        if place(tensor) is not None and tensor_bytes(tensor) < MIN_PAYLOAD:
-            payload = weights.read(tensor)
-            tensor.ClearField("data_location")
-            tensor.ClearField("external_data")
-            tensor.raw_data = payload
-    empty = {tensor.name for tensor in graph.initializer if 0 in tensor.dims}
-    for node in graph.node:
-        value = constant_value(node)
-        if value is not None and 0 in value.dims:
-            empty.update(node.output)
-        if node.op_type == "Squeeze" and not empty.isdisjoint(node.input[1:]):
-            # ONNX's inference keeps all dims, ONNX Runtime squeezes all that it can
-            node.op_type = "AmbiguousSqueeze"
-        for _, inner in attributes.subgraphs(node) if node.attribute else ():
-            for value_info in inner.input:
-                _drop_dims(value_info.type)  # a Loop's may change from round to round
-            _bare_graph(inner, weights)
-
-
-def _drop_dims(kind: TypeProto) -> None:
-    if kind.HasField("tensor_type"):
-        kind.tensor_type.ClearField("shape")
-    for inner in (kind.sequence_type, kind.optional_type):
-        if inner.HasField("elem_type"):
-            _drop_dims(inner.elem_type)

@@ -1,0 +1,108 @@
+"""Nodes whose inferred shape may not be the one that ONNX Runtime computes.
+
+ONNX's shape inference rounds, pads and clamps differently from ONNX Runtime in corners of
+some operators. A rewrite must not rest on such a shape, so these nodes are hidden before
+inference: as operators that it does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+from onnx import NodeProto, TensorProto, numpy_helper
+
+from onnxopt import attributes
+from onnxopt.graph import constant_value
+from onnxopt.weights import place
+
+Constants = Mapping[str, TensorProto]
+_EXACT_TO = {
+    TensorProto.INT64,
+    TensorProto.INT32,
+    TensorProto.DOUBLE,
+    TensorProto.FLOAT,
+}
+
+
+def hide(nodes: Iterable[NodeProto], initializers: Constants) -> None:
+    """Make the doubtful ones among `nodes`, which are a copy's, opaque to inference."""
+    constants = dict(initializers)
+    for node in nodes:
+        value = constant_value(node)
+        if value is not None:
+            constants[node.output[0]] = value
+        doubtful = _DOUBTS.get(node.op_type)
+        if doubtful is not None and (
+            attributes.has_references(node) or doubtful(node, constants)
+        ):
+            node.op_type = f"Doubtful{node.op_type}"
+        elif node.op_type == "Cast":
+            _hide_value(node)
+
+
+def _hide_value(node: NodeProto) -> None:
+    """Inference follows the value of a shape through any Cast as if it did not narrow.
+
+    RandomNormalLike has the same type and shape rules, and no value.
+    """
+    to = attributes.find(node, "to")
+    if to is not None and not to.ref_attr_name and to.i not in _EXACT_TO:
+        node.op_type, to.name = "RandomNormalLike", "dtype"
+
+
+def _array(node: NodeProto, slot: int, constants: Constants) -> np.ndarray | None:
+    name = node.input[slot] if slot < len(node.input) else ""
+    tensor = constants.get(name)
+    if tensor is None or place(tensor) is not None:
+        return None
+    return numpy_helper.to_array(tensor)
+
+
+def _squeeze(node: NodeProto, constants: Constants) -> bool:
+    """By an empty list of axes: inference keeps all dims, ORT squeezes all it can."""
+    axes = _array(node, 1, constants)
+    return axes is not None and axes.size == 0
+
+
+def _slice(node: NodeProto, constants: Constants) -> bool:
+    """Backwards: the clamping of its ends differs."""
+    steps = _array(node, 4, constants)
+    return steps is not None and bool((steps < 0).any())
+
+
+def _pool(node: NodeProto, constants: Constants) -> bool:
+    """Rounded up, the last window may lie in the padding; dilated ones under SAME_*."""
+    dilated = any(size != 1 for size in attributes.get(node, "dilations", []))
+    same = str(attributes.get(node, "auto_pad", "")).startswith("SAME")
+    return bool(attributes.get(node, "ceil_mode", 0)) or (same and dilated)
+
+
+def _conv_transpose(node: NodeProto, constants: Constants) -> bool:
+    same = str(attributes.get(node, "auto_pad", "")).startswith("SAME")
+    return same and any(attributes.get(node, "output_padding", []))
+
+
+def _resize(node: NodeProto, constants: Constants) -> bool:
+    """The size is a product in float32, rounded down: sure for multiples of 1/8 only."""
+    if attributes.get(node, "coordinate_transformation_mode") == "tf_crop_and_resize":
+        return True
+    if attributes.get(node, "keep_aspect_ratio_policy", "stretch") != "stretch":
+        return True
+    given = attributes.get(node, "scales")  # an attribute before opset 9
+    slots = (1, 2) if node.op_type == "Resize" else (1,)  # slot 2 from opset 11 on
+    scales = [np.array(given)] if given else [_array(node, s, constants) for s in slots]
+    known = [array for array in scales if array is not None and array.dtype.kind == "f"]
+    return any(bool((array * 8 != np.rint(array * 8)).any()) for array in known)
+
+
+_DOUBTS: dict[str, Callable[[NodeProto, Constants], bool]] = {
+    "AveragePool": _pool,
+    "ConvTranspose": _conv_transpose,
+    "LpPool": _pool,
+    "MaxPool": _pool,
+    "Resize": _resize,
+    "Slice": _slice,
+    "Squeeze": _squeeze,
+    "Upsample": _resize,
+}

@@ -1,0 +1,160 @@
+"""What shape inference is trusted with, against what ONNX Runtime computes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnxruntime as ort
+import pytest
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+import onnxopt
+from onnxopt.model import Model
+
+Case = tuple[NodeProto, list[int], dict[str, Any]]
+INT64_MAX = 2**63 - 1
+
+
+def model_of(
+    node: NodeProto, shape: list[int], weights: dict[str, Any], opset: int
+) -> ModelProto:
+    nodes = [node, helper.make_node("Shape", ["y"], ["s"])]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("s", TensorProto.INT64, [len(shape)])],
+        [numpy_helper.from_array(np.asarray(v), name) for name, v in weights.items()],
+    )
+    imports = [helper.make_opsetid("", opset)]
+    return helper.make_model(graph, opset_imports=imports, ir_version=8)
+
+
+def session(model: ModelProto) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    return ort.InferenceSession(
+        model.SerializeToString(), options, ["CPUExecutionProvider"]
+    )
+
+
+def pools() -> Iterator[Case]:
+    sizes = ((1, 1, [0, 0]), (2, 2, [1, 1]), (3, 2, [0, 1]), (2, 3, [0, 0]))
+    for op, (kernel, stride, pads), ceil, length in itertools.product(
+        ("MaxPool", "AveragePool"), sizes, (0, 1), (5, 6, 7)
+    ):
+        attributes: dict[str, Any] = {"kernel_shape": [kernel], "strides": [stride]}
+        node = helper.make_node(op, ["x"], ["y"], pads=pads, ceil_mode=ceil, **attributes)
+        yield node, [1, 1, length], {}
+    for pad, kernel, dilation in itertools.product(
+        ("SAME_UPPER", "SAME_LOWER", "VALID"), (2, 3), (1, 2)
+    ):
+        attributes = {"kernel_shape": [kernel], "dilations": [dilation], "auto_pad": pad}
+        yield helper.make_node("MaxPool", ["x"], ["y"], **attributes), [1, 1, 7], {}
+
+
+def convolutions() -> Iterator[Case]:
+    for pad, stride, extra in itertools.product(
+        ("SAME_UPPER", "SAME_LOWER", "VALID"), (1, 2, 3), ({}, {"output_padding": [1]})
+    ):
+        weights = {"w": np.ones((1, 1, 3), np.float32)}
+        attributes = {"auto_pad": pad, "strides": [stride]}
+        names = ["x", "w"]
+        yield helper.make_node("Conv", names, ["y"], **attributes), [1, 1, 8], weights
+        node = helper.make_node("ConvTranspose", names, ["y"], **attributes, **extra)
+        yield node, [1, 1, 5], weights
+
+
+def resizes() -> Iterator[Case]:
+    for scale, length in itertools.product((0.1, 0.7, 1 / 3, 2.0, 0.5, 1.1), (7, 20, 33)):
+        weights = {"r": np.zeros(0, np.float32), "k": np.float32([1, 1, scale])}
+        node = helper.make_node("Resize", ["x", "r", "k"], ["y"], mode="nearest")
+        yield node, [1, 1, length], weights
+
+
+def slices() -> Iterator[Case]:
+    for start, end, step in itertools.product(
+        (0, -1, 5, -7, 100), (0, -1, 3, -7, 100, INT64_MAX, -INT64_MAX), (1, -1, 2, -2)
+    ):
+        weights = {"a": [start], "b": [end], "c": [0], "d": [step]}
+        yield helper.make_node("Slice", ["x", *"abcd"], ["y"]), [5], weights
+
+
+def casts() -> Iterator[Case]:
+    for kind in (TensorProto.UINT8, TensorProto.BOOL, TensorProto.FLOAT16):
+        yield helper.make_node("Cast", ["x"], ["y"], to=kind), [300, 2], {}
+
+
+CASES = [*pools(), *convolutions(), *resizes(), *slices(), *casts()]
+
+
+@pytest.mark.parametrize("opset", [11, 18])
+def test_inferred_shapes_are_those_of_onnx_runtime(opset: int) -> None:
+    compared = 0
+    for node, shape, weights in CASES:
+        model = model_of(node, shape, weights, opset)
+        try:
+            runner = session(model)
+            (computed,) = runner.run(None, {"x": np.zeros(shape, np.float32)})
+        except Exception:  # noqa: BLE001 - not legal, or no kernel, at this opset
+            continue
+        inferred = Model.open(model).main.shape("y")
+        for dim, size in zip(inferred or (), computed, strict=False):
+            known = isinstance(dim, int)
+            assert not known or dim == size, (str(node), shape, inferred, computed)
+            compared += known
+    assert compared > 200
+
+
+def outputs(model: ModelProto, feed: dict[str, Any]) -> list[Any]:
+    found: list[Any] = session(model).run(None, feed)
+    return found
+
+
+def test_a_default_that_is_fed_is_no_constant() -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[2,3] x, int64[2] s) => (float[a,b] y, int64[2] d)
+        <int64[2] s = {2, 3}> {
+            r = Relu(x)
+            t = Reshape(r, s)
+            d = Shape(t)
+            y = Neg(t)
+        }"""
+    )
+    result = onnxopt.optimize(model, validate=False).model
+    feed = {"x": np.ones((2, 3), np.float32), "s": np.array([3, 2])}
+    for made, expected in zip(outputs(result, feed), outputs(model, feed), strict=True):
+        assert np.array_equal(made, expected)
+
+
+def test_the_value_of_a_shape_narrows_in_a_cast() -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[300] x) => (float[n] y) {
+            s = Shape(x)
+            b = Cast<to = 2>(s)
+            i = Cast<to = 7>(b)
+            y = ConstantOfShape(i)
+        }"""
+    )
+    result = onnxopt.optimize(model, validate=False).model
+    (made,) = outputs(result, {"x": np.zeros(300, np.float32)})
+    assert made.shape == (44,)
+
+
+def test_a_declared_dim_below_zero_is_any_size() -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[n,3] x) => (int64[2] s) { r = Relu(x) s = Shape(r) }"""
+    )
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
+    result = onnxopt.optimize(model, validate=False).model
+    (made,) = outputs(result, {"x": np.zeros((2, 3), np.float32)})
+    assert made.tolist() == [2, 3]
