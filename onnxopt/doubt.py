@@ -66,9 +66,11 @@ def _squeeze(node: NodeProto, constants: Constants) -> bool:
 
 
 def _slice(node: NodeProto, constants: Constants) -> bool:
-    """Backwards: the clamping of its ends differs."""
-    steps = _array(node, 4, constants)
-    return steps is not None and bool((steps < 0).any())
+    """Backwards from an end past all ends: ONNX Runtime reads it as the other end."""
+    ends, steps = _array(node, 2, constants), _array(node, 4, constants)
+    if ends is None or steps is None:
+        return steps is not None and bool((steps < 0).any())
+    return bool((steps < 0).any()) and bool((ends >= np.iinfo(np.int32).max).any())
 
 
 def _pool(node: NodeProto, constants: Constants) -> bool:
