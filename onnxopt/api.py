@@ -465,8 +465,7 @@ def _data_folder(job: Job, reference: Path) -> Path:
 
 
 def _input_data(model: Model) -> list[Path]:
-    base_dir = model.weights.base_dir
-    return [] if base_dir is None else facts.data_files(model, base_dir)
+    return model.weights.data_files()
 
 
 def _kept_data(original: Model, source: Source, output: Path | None) -> list[Path]:

@@ -200,6 +200,8 @@ def _check_tensor(tensor: TensorProto, what: str) -> None:
     """The dtype is known and the payload has the bytes that dtype and dims need."""
     if tensor.data_type not in _KNOWN_TYPES:
         raise InvalidModelError(f"{what} has unknown data type {tensor.data_type}")
+    if tensor.HasField("segment"):
+        raise InvalidModelError(f"{what} is a segment of a tensor: onnx cannot read it")
     if any(dim < 0 for dim in tensor.dims):
         raise InvalidModelError(f"{what} has negative dims {list(tensor.dims)}")
     count = elements(tensor)

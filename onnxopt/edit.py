@@ -393,7 +393,17 @@ class _Journal:
         view._producer.pop(old)
         view._gone.add(old)
         self.undo.append(lambda: self._set_output(view, maker, index, old))
+        self._rename_annotation(view, old, new)
         self.touched.append((view, maker))
+
+    def _rename_annotation(self, view: GraphView, old: str, new: str) -> None:
+        """The quantization annotation of a value follows its name."""
+        if isinstance(view.proto, FunctionProto):
+            return
+        found = {item.tensor_name: item for item in view.proto.quantization_annotation}
+        if old in found and new not in found:
+            found[old].tensor_name = new
+            self.undo.append(lambda: setattr(found[old], "tensor_name", old))
 
     def _set_output(
         self, view: GraphView, maker: NodeProto, index: int, name: str

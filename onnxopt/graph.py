@@ -247,6 +247,8 @@ class GraphView:
         """Whether nothing reads the outputs of `node` and running it has no effect."""
         if any(self.is_used(name) for name in node.output if name):
             return False
+        if not self._outputs and self.parent is None:
+            return False  # a graph without outputs: nothing says what it is for
         return self.model.is_pure(node)
 
     def is_droppable(self, name: str) -> bool:
@@ -360,6 +362,11 @@ class GraphView:
             raise InvalidModelError(f"{self.scope}: nothing makes its output {name!r}")
         if home is not self:
             home._pinned.add(name)
+            maker = home._producer.get(name)
+            if maker is not None and self.owner is not None:
+                _, owner = next(pair for pair in self.enclosing() if pair[0] is home)
+                if home._rank[id(maker)] >= home._rank[id(owner)]:
+                    home._unordered = True
 
     def _connect(self, node: NodeProto) -> None:
         """Record what `node` reads, and build the views of its subgraphs."""

@@ -24,6 +24,7 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto
 
 from onnxopt import files, wire
+from onnxopt.errors import UsageError
 from onnxopt.model import Model
 from onnxopt.report import Digest, Pair
 from onnxopt.weights import (
@@ -40,7 +41,8 @@ from onnxopt.weights import (
 
 PROTOBUF_LIMIT = (1 << 31) - (1 << 20)
 ALIGNMENT = 4096
-"""Payloads that fill a page start on one, so that runtimes can map them."""
+ALIGNED_FROM = 256 << 10
+"""From this size on payloads start on a page, so that runtimes can map them (bytes)."""
 
 
 class Staged:
@@ -106,6 +108,9 @@ def stage(model: Model, target: Path) -> Staged:
     """
     files.check_target(target)
     model.settle()
+    for file in model.weights.data_files():
+        if target.exists() and file.exists() and target.samefile(file):
+            raise UsageError(f"cannot write {target}: it holds weights of the input")
     staged = Staged(target)
     try:
         shell = ModelProto()
@@ -132,6 +137,7 @@ def to_proto(model: Model) -> ModelProto:
     for tensor in tensors(proto):
         if place(tensor) is not None:
             _inline(tensor, model.weights)
+    model.weights.check_unchanged()
     return proto
 
 
@@ -177,7 +183,8 @@ def _write_data(staged: Staged, moved: list[TensorProto], weights: WeightStore) 
     """Write the data file, and let the tensors name it."""
     temporary = files.beside(staged.target)
     digest = hashlib.sha256()
-    known: dict[tuple[str, int, int], tuple[int, int]] = {}
+    regions = _Regions(moved)
+    known: dict[Place, int] = {}
     spots: list[tuple[int, int]] = []
     try:
         with _create(temporary) as file:
@@ -186,10 +193,12 @@ def _write_data(staged: Staged, moved: list[TensorProto], weights: WeightStore) 
                 if where is None:
                     spots.append(_append(file, digest, tensor, weights))
                     continue
-                tied = (where.location, where.offset, tensor_bytes(tensor))
-                if tied not in known:  # payloads at one place stay one
-                    known[tied] = _append(file, digest, tensor, weights)
-                spots.append(known[tied])
+                region = regions.around(where)
+                if region not in known:  # what overlaps stays one
+                    copied = _region_tensor(region)
+                    known[region], _ = _append(file, digest, copied, weights)
+                offset = known[region] + where.offset - region.offset
+                spots.append((offset, tensor_bytes(tensor)))
             _sync(file)
             size = file.tell()
             name = f"{staged.target.stem}-{digest.hexdigest()[:12]}.data"
@@ -205,11 +214,45 @@ def _write_data(staged: Staged, moved: list[TensorProto], weights: WeightStore) 
     staged.bytes = Pair(0, size)
 
 
+class _Regions:
+    """The places of payloads, those that overlap as one region."""
+
+    def __init__(self, tensors: Iterable[TensorProto]) -> None:
+        self._starts: dict[str, list[int]] = {}
+        self._ends: dict[str, list[int]] = {}
+        spans = sorted(
+            (where.location, where.offset, where.offset + tensor_bytes(tensor))
+            for tensor in tensors
+            if (where := place(tensor)) is not None
+        )
+        for location, start, end in spans:
+            starts = self._starts.setdefault(location, [])
+            ends = self._ends.setdefault(location, [])
+            if ends and (start < ends[-1] or start == starts[-1]):
+                ends[-1] = max(ends[-1], end)
+            else:
+                starts.append(start)
+                ends.append(end)
+
+    def around(self, where: Place) -> Place:
+        """The region that holds the payload at `where`."""
+        index = bisect.bisect_right(self._starts[where.location], where.offset) - 1
+        start = self._starts[where.location][index]
+        return Place(where.location, start, self._ends[where.location][index] - start)
+
+
+def _region_tensor(region: Place) -> TensorProto:
+    """A tensor of bytes that stands for a region."""
+    tensor = TensorProto(data_type=TensorProto.UINT8, dims=[region.length or 0])
+    set_place(tensor, region)
+    return tensor
+
+
 def _append(
     file: BinaryIO, digest: hashlib._Hash, tensor: TensorProto, weights: WeightStore
 ) -> tuple[int, int]:
     length = tensor_bytes(tensor)
-    step = ALIGNMENT if length >= ALIGNMENT else 16
+    step = ALIGNMENT if length >= ALIGNED_FROM else 16
     padding = bytes(-file.tell() % step)
     for chunk in itertools.chain((padding,), weights.chunks(tensor)):
         file.write(chunk)

@@ -212,6 +212,13 @@ class WeightStore:
         """Let payloads named `location` be read from `file`, which the store now owns."""
         self._sources[location] = _Source(file, label)
 
+    def data_files(self) -> list[Path]:
+        """The external data files that payloads were found in."""
+        if self.base_dir is None:
+            return []
+        names = sorted(name for name in self._sources if not name.startswith("\0"))
+        return [self.base_dir / name for name in names]
+
     def close(self) -> None:
         """Close every file; payloads outside the proto can no longer be read."""
         self._finalizer()

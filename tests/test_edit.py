@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx.checker
 import pytest
-from onnx import GraphProto, ModelProto, NodeProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 from onnx.helper import make_node, make_tensor_value_info
 
 from onnxopt import verifier
@@ -790,3 +790,23 @@ def test_no_operator_that_the_model_lacks(refuse: Callable[[GraphView], Edit]) -
     (skip,) = support.skips(view.model)
     assert "has no Gelu" in skip.reason or "com.microsoft" in skip.reason
     verifier.verify(view.model, "test", rebuild=True)
+
+
+def test_an_annotation_follows_the_name_of_its_value() -> None:
+    proto = model_of(
+        "main (float[2] x) => (float[2] y) { a = Relu (x) y = Identity (a) }"
+    )
+    proto.graph.initializer.append(numpy_helper.from_array(np.float32(1), "scale"))
+    annotation = proto.graph.quantization_annotation.add(tensor_name="a")
+    annotation.quant_parameter_tensor_names.add(key="SCALE_TENSOR", value="scale")
+    model = Model.open(proto)
+    PassManager(parse_pipeline("dead-code,identity"), verify_each=True).run(model)
+    (kept,) = model.proto.graph.quantization_annotation
+    assert kept.tensor_name == "y"
+    assert [tensor.name for tensor in model.proto.graph.initializer] == ["scale"]
+
+
+def test_a_graph_without_outputs_is_left_alone() -> None:
+    view = opened("main (float[2] x) => () { a = Relu (x) b = Neg (a) }")
+    PassManager(parse_pipeline("dead-code"), verify_each=True).run(view.model)
+    assert ops(view) == ["Relu", "Neg"]

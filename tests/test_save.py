@@ -127,15 +127,54 @@ def test_the_output_does_not_need_the_input(tmp_path: Path) -> None:
     assert loaded(tmp_path / "out.onnx") == make_model()
 
 
-def test_payloads_of_a_page_start_on_one(tmp_path: Path) -> None:
+def test_large_payloads_start_on_a_page(tmp_path: Path) -> None:
     proto = make_model()
+    large = numpy_helper.from_array(np.ones(1 << 17, np.float32), "large")
+    proto.graph.initializer.append(large)
     proto.graph.initializer.insert(0, numpy_helper.from_array(np.arange(3), "first"))
     put(write_external(tmp_path / "in.onnx", proto), tmp_path / "out.onnx")
     made = onnx.load(tmp_path / "out.onnx", load_external_data=False)
     offsets = {
         t.name: where.offset for t in made.graph.initializer if (where := place(t))
     }
-    assert offsets == {"first": 0, "w": 4096, "b": 4096 + 48_000}
+    assert offsets == {"first": 0, "w": 32, "b": 32 + 48_000, "large": 49_152}
+
+
+def test_small_payloads_do_not_grow_a_data_file(tmp_path: Path) -> None:
+    proto = make_model()
+    for index in range(200):
+        array = np.full(1025, index, np.float32)
+        proto.graph.initializer.append(numpy_helper.from_array(array, f"s{index}"))
+    source = write_external(tmp_path / "in.onnx", proto)
+    before = sum(path.stat().st_size for path in tmp_path.iterdir())
+    put(source, tmp_path / "out.onnx")
+    made = sum(path.stat().st_size for path in tmp_path.glob("out*"))
+    assert made <= 1.02 * before
+
+
+def test_payloads_that_overlap_stay_one(tmp_path: Path) -> None:
+    proto = make_model()
+    del proto.graph.node[:], proto.graph.initializer[:], proto.graph.output[:]
+    (tmp_path / "shared.data").write_bytes(np.arange(4000, dtype=np.int32).tobytes())
+    for index in range(20):
+        tensor = proto.graph.initializer.add(name=f"t{index}", data_type=6, dims=[3000])
+        set_place(tensor, Place("shared.data", 4 * 50 * index, 12_000))
+    (tmp_path / "in.onnx").write_bytes(proto.SerializeToString())
+    put(tmp_path / "in.onnx", tmp_path / "out.onnx")
+    (data,) = tmp_path.glob("out-*.data")
+    assert data.stat().st_size == 4 * (50 * 19 + 3000)
+    for index, tensor in enumerate(onnx.load(tmp_path / "out.onnx").graph.initializer):
+        expected = np.arange(50 * index, 50 * index + 3000)
+        assert (numpy_helper.to_array(tensor) == expected).all()
+
+
+def test_the_data_of_the_input_is_not_replaced(tmp_path: Path) -> None:
+    source = write_external(tmp_path / "in.onnx", make_model())
+    (data,) = {tmp_path / name for name in names(tmp_path)} - {source}
+    before = data.read_bytes()
+    with pytest.raises(UsageError, match="weights of the input"):
+        put(source, data)
+    assert data.read_bytes() == before
 
 
 def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto
@@ -104,11 +105,34 @@ def _constant(graph: GraphView, name: str) -> Floats:
 
 
 def _scaled(weight: Array, factor: Floats) -> Array:
-    """weight * factor in float64, rounded once; few elements at a time are that wide."""
+    """weight * factor in float64, rounded once; few elements at a time are that wide.
+
+    `factor` has the rank of `weight` or broadcasts from the right: one per channel.
+    """
+    _check_precision(weight, factor)
     made = np.empty_like(weight)
     with np.errstate(all="ignore"):
         np.multiply(weight, factor, out=made, dtype=np.float64, casting="unsafe")
     return made
+
+
+def _check_precision(weight: Array, factor: Floats) -> None:
+    """Below the normal numbers of its type a channel would lose its last digits."""
+    shape = (1,) * (weight.ndim - factor.ndim) + factor.shape
+    axes = tuple(axis for axis, size in enumerate(shape) if size == 1)
+    if not weight.size:
+        return
+    with np.errstate(all="ignore"):
+        high = weight.max(axis=axes, keepdims=True).astype(np.float64)
+        low = weight.min(axis=axes, keepdims=True).astype(np.float64)
+        peak = np.maximum(high, -low) * np.abs(factor)
+    if ((peak > 0) & (peak < _smallest_normal(weight.dtype))).any():
+        raise _DeclinedError(f"a channel would lose its precision in {weight.dtype}")
+
+
+def _smallest_normal(dtype: Any) -> float:
+    finfo: Any = ml_dtypes.finfo
+    return float(finfo(dtype).smallest_normal)
 
 
 def _scale_and_shift(graph: GraphView, norm: NodeProto) -> tuple[Floats, Floats]:
