@@ -13,7 +13,7 @@ from typing import Any, Literal, TypedDict, Unpack, cast
 import onnx
 from onnx import ModelProto
 
-from onnxopt import data, facts, prepare, recipe
+from onnxopt import data, facts, interface, prepare, recipe
 from onnxopt import target as targets
 from onnxopt.errors import (
     OnnxoptError,
@@ -190,7 +190,9 @@ def validate(
             _on_disk(first, reference, Path(folder) / "reference.onnx", base),
             _on_disk(second, candidate, Path(folder) / "candidate.onnx", base),
         )
-        return _judge(paths, feeds, chosen)
+        verdict = _judge(paths, feeds, chosen)
+    problem = interface.difference(interface.of(first.proto), interface.of(second.proto))
+    return verdict if problem is None else _as_failed(verdict, problem)
 
 
 @dataclass
@@ -250,7 +252,8 @@ class Job:
             target = output or folder / "candidate.onnx"
             with _carrying(report):
                 feeds = self._feeds(original)
-                run = _Run(self, report, reference, target, feeds)
+                ends = interface.of(original.proto)
+                run = _Run(self, report, reference, target, feeds, ends)
                 result, staged = run.attempt(self.options.get("bisect_limit"))
                 if _failed(report) and on_failure == "rollback":
                     staged.discard()
@@ -285,6 +288,7 @@ class _Run:
     reference: Path
     target: Path
     feeds: data.Feeds | None
+    ends: interface.Interface
 
     def attempt(self, limit: int | None) -> tuple[Result, Staged]:
         """One whole run with at most `limit` edits; fills in the report."""
@@ -303,10 +307,12 @@ class _Run:
         try:
             report.passes = model.ledger.reports()
             report.notes = list(model.notes)
-            report.output = facts.of_staged(Model.open(staged.path), staged)
+            made = Model.open(staged.path)
+            report.output = facts.of_staged(made, staged)
             if self.feeds is not None:
                 report.validation = self._verdict(staged.path, report.passes)
                 _check_format(report, self.reference, staged.path)
+                self._check_interface(interface.of(made.proto))
         except BaseException:
             staged.discard()
             raise
@@ -315,6 +321,12 @@ class _Run:
             Result(report, seconds=manager.seconds, _model=model, _as_graph=as_graph),
             staged,
         )
+
+    def _check_interface(self, made: interface.Interface) -> None:
+        frozen = bool(self.job.options.get("freeze_inputs"))
+        problem = interface.difference(self.ends, made, frozen=frozen)
+        if problem is not None and self.report.validation is not None:
+            self.report.validation = _as_failed(self.report.validation, problem)
 
     def _prepared(self, model: Model) -> Model:
         if self.job.options.get("freeze_inputs"):

@@ -192,3 +192,40 @@ def test_a_norm_is_not_folded_below_the_precision_of_its_type() -> None:
     assert len(result.model.graph.node) == 2
     reasons = [skip.reason for entry in result.report.passes for skip in entry.skipped]
     assert any("precision" in reason for reason in reasons)
+
+
+def changed(model: ModelProto, name: str) -> ModelProto:
+    other = ModelProto()
+    other.CopyFrom(model)
+    graph = other.graph
+    match name:
+        case "order of outputs":
+            graph.output.reverse()
+        case "order of inputs":
+            graph.input.reverse()
+        case "another output":
+            graph.output.append(helper.make_tensor_value_info("m", 1, None))
+        case "type":
+            graph.output[0].type.tensor_type.elem_type = 11
+        case "rank":
+            graph.input[0].type.tensor_type.shape.dim.add(dim_value=1)
+        case "default":
+            del graph.input[-1]
+    return other
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["order of outputs", "order of inputs", "another output", "type", "rank", "default"],
+)
+def test_the_interface_is_part_of_the_verdict(change: str) -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[n] a, float[n] b, float[1] c) => (float[n] y, float[n] z)
+        <float[1] c = {2}> { m = Mul(a, c) y = Add(m, b) z = Sub(m, b) }"""
+    )
+    other = changed(model, change)
+    assert onnxopt.validate(model, model).status == "passed"
+    verdict = onnxopt.validate(model, other)
+    assert verdict.status == "failed"
+    assert verdict.reason
