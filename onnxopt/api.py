@@ -13,7 +13,7 @@ from typing import Any, Literal, TypedDict, Unpack, cast
 import onnx
 from onnx import ModelProto
 
-from onnxopt import data, facts, interface, prepare, recipe
+from onnxopt import data, facts, prepare, recipe
 from onnxopt import target as targets
 from onnxopt.errors import (
     OnnxoptError,
@@ -23,13 +23,14 @@ from onnxopt.errors import (
     WorkerError,
 )
 from onnxopt.evaluate import Evaluator
-from onnxopt.judge import AbsentProviderError, Budget, judge
 from onnxopt.ledger import Ledger
 from onnxopt.manager import Context, Observer, Pass, PassManager
 from onnxopt.model import Model, Source
 from onnxopt.report import Check, Guarantee, PassReport, Report, Validation
 from onnxopt.runtime import provider_name, provider_options
 from onnxopt.save import Staged, fits_in_protobuf, stage, to_proto
+from onnxopt.validation import interface
+from onnxopt.validation.judge import AbsentProviderError, Budget, judge
 
 OnFailure = Literal["raise", "return", "rollback"]
 

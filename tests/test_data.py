@@ -269,7 +269,7 @@ def test_arrays_of_different_lengths(tmp_path: Path) -> None:
 
 
 def test_one_shot_iterator_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onnxopt.data._DRAIN_LIMIT", 100)
+    monkeypatch.setattr("onnxopt.data.load._DRAIN_LIMIT", 100)
     with pytest.raises(UsageError, match="fresh iterator"):
         load_feeds(iter([{"x": floats(10, 3)}]), [X])
 

@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from onnxopt import zeros
-from onnxopt.inspection import Channels, Inspection, inspect
+from onnxopt.inspection.survey import Channels, Inspection, inspect, zeros
 from onnxopt.weights import WeightStore
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1, "f" : 1]>\n'

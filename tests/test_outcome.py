@@ -19,9 +19,9 @@ import pytest
 
 from onnxopt import runtime
 from onnxopt.cli import cli
-from onnxopt.outcome import INTERNAL_ERROR
+from onnxopt.cli.outcome import INTERNAL_ERROR
+from onnxopt.cli.terminal import Table, plain
 from onnxopt.report import Report
-from onnxopt.terminal import Table, plain
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = """<ir_version: 8, opset_import: ["" : 17]>
@@ -256,7 +256,7 @@ def test_a_report_that_fails_keeps_the_model_away(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("onnxopt.document.os.fsync", full)
+    monkeypatch.setattr("onnxopt.cli.document.os.fsync", full)
     monkeypatch.setattr("onnxopt.save._sync", lambda file: file.flush())
     out, made = tmp_path / "out.onnx", tmp_path / "report.json"
     command = ("optimize", model, "-o", out, "--report", made, "--no-validate")
@@ -327,7 +327,7 @@ def test_stdout_that_is_full_or_gone(model: Path) -> None:
 def test_a_bug_is_told_as_one(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: Path
 ) -> None:
-    monkeypatch.setattr("onnxopt.inspection._inspect", lambda *_: 1 / 0)
+    monkeypatch.setattr("onnxopt.inspection.survey._inspect", lambda *_: 1 / 0)
     code, _, errors = run(capsys, "inspect", model)
     assert code == INTERNAL_ERROR
     assert len(errors) == 1

@@ -24,9 +24,9 @@ from onnxopt.errors import (
     WorkerMemoryError,
     WorkerTimeoutError,
 )
-from onnxopt.judge import AbsentProviderError, Budget, judge
 from onnxopt.report import Validation
-from onnxopt.unrounded import unrounded
+from onnxopt.validation.judge import AbsentProviderError, Budget, judge
+from onnxopt.validation.unrounded import unrounded
 
 
 def parsed(body: str, opset: int = 17, extra: str = "") -> onnx.ModelProto:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxopt.inputs import Feed
+from onnxopt.data.inputs import Feed
 
 HARD_CASES = ("zeros", "large", "denormal", "nan")
 

@@ -16,12 +16,12 @@ import msgspec
 from onnxopt.data import Feeds, GeneratedFeeds
 from onnxopt.errors import ProviderError, SessionError, WorkerMemoryError
 from onnxopt.report import Check, OutputCheck, Status
-from onnxopt.rules import Floor, Outcome, Rule, Sample, Spread
 from onnxopt.runtime import Level, Session, SessionSpec, Worker
-from onnxopt.spread import MovedModels, SpreadMeasure
-from onnxopt.ties import TieBreak
-from onnxopt.verdict import Verdict, Workers, is_cpu, output_check
-from onnxopt.walk import NumberedFeed, blamed, numbered, samples_of
+from onnxopt.validation.rules import Floor, Outcome, Rule, Sample, Spread
+from onnxopt.validation.samples import NumberedFeed, blamed, numbered, samples_of
+from onnxopt.validation.spread import MovedModels, SpreadMeasure
+from onnxopt.validation.ties import TieBreak
+from onnxopt.validation.verdict import Verdict, Workers, is_cpu, output_check
 
 # Feeds on which the reference's own noise is measured.
 _NOISE_FEEDS = 8

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import onnx
 
-from onnxopt import noise
 from onnxopt.data import (
     Binding,
     Feed,
@@ -22,8 +21,9 @@ from onnxopt.data import (
     GeneratedFeeds,
     candidate_bindings,
     load_function,
-    script_error,
 )
+from onnxopt.data.generate import batched
+from onnxopt.data.load import script_error
 from onnxopt.errors import (
     InvalidModelError,
     OnnxoptError,
@@ -33,14 +33,15 @@ from onnxopt.errors import (
     WorkerError,
     WorkerMemoryError,
 )
-from onnxopt.generate import batched
-from onnxopt.levelcheck import LevelCheck
-from onnxopt.metrics import compare
 from onnxopt.report import Check, LevelDifference, Validation
 from onnxopt.runtime import Session, Worker, available_providers, provider_name
-from onnxopt.smoothcheck import judge_unrounded
-from onnxopt.spread import MovedModels
-from onnxopt.verdict import (
+from onnxopt.validation import noise
+from onnxopt.validation.check import LevelCheck
+from onnxopt.validation.metrics import compare
+from onnxopt.validation.samples import blamed
+from onnxopt.validation.smooth import judge_unrounded
+from onnxopt.validation.spread import MovedModels
+from onnxopt.validation.verdict import (
     LEVELS,
     AbsentProviderError,
     Budget,
@@ -48,7 +49,6 @@ from onnxopt.verdict import (
     Verdict,
     Workers,
 )
-from onnxopt.walk import blamed
 
 log = logging.getLogger("onnxopt.validate")
 

@@ -16,8 +16,8 @@ from typing import Protocol
 
 import numpy as np
 
-from onnxopt.metrics import Allowance, Difference, Slices, sqnr_db
-from onnxopt.noise import BOUNDS, UNMEASURED_BOUNDS
+from onnxopt.validation.metrics import Allowance, Difference, Slices, sqnr_db
+from onnxopt.validation.noise import BOUNDS, UNMEASURED_BOUNDS
 
 # How many times its own noise a reference may be off.
 FACTOR = 8.0

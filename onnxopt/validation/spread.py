@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnxopt import noise
+from onnxopt.data.inputs import Feeds
 from onnxopt.errors import SessionError, WorkerError
-from onnxopt.inputs import Feeds
-from onnxopt.rules import Sample, Spread
 from onnxopt.runtime import Session, SessionSpec, Worker
-from onnxopt.verdict import Question
-from onnxopt.walk import NumberedFeed, numbered, samples_of
+from onnxopt.validation import noise
+from onnxopt.validation.rules import Sample, Spread
+from onnxopt.validation.samples import NumberedFeed, numbered, samples_of
+from onnxopt.validation.verdict import Question
 
 log = logging.getLogger("onnxopt.validate")
 

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxopt import noise
+from onnxopt.data.inputs import Feeds
 from onnxopt.errors import SessionError
-from onnxopt.inputs import Feeds
-from onnxopt.metrics import compare
-from onnxopt.rules import FACTOR, Floor
 from onnxopt.runtime import Session, SessionSpec, Worker
-from onnxopt.verdict import Question
-from onnxopt.walk import numbered
+from onnxopt.validation import noise
+from onnxopt.validation.metrics import compare
+from onnxopt.validation.rules import FACTOR, Floor
+from onnxopt.validation.samples import numbered
+from onnxopt.validation.verdict import Question
 
 # Nodes that keep elements and their order.
 _CARRIERS = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}

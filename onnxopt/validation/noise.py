@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from onnxopt.inputs import Feed
+from onnxopt.data.inputs import Feed
 
 # Above this, models are not copied to move their weights; their inputs still are.
 WEIGHT_LIMIT = 1 << 30

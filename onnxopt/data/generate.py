@@ -20,9 +20,9 @@ import ml_dtypes
 import numpy as np
 import onnx
 
+from onnxopt.data.inputs import Dim, Feed, Feeds, InputSpec, shape_text
+from onnxopt.data.ranges import Bound, index_bounds
 from onnxopt.errors import SessionError, UsageError
-from onnxopt.inputs import Dim, Feed, Feeds, InputSpec, shape_text
-from onnxopt.ranges import Bound, index_bounds
 
 Binding: TypeAlias = dict[str, int]
 

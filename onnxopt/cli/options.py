@@ -68,7 +68,7 @@ def _shapes(
     """`x:1,3,224,224`, several times, as a dict."""
     if not values:
         return {}
-    from onnxopt.inputs import parse_shape
+    from onnxopt.data.inputs import parse_shape
 
     shapes: dict[str, tuple[int, ...]] = {}
     for text in values:

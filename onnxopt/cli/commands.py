@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
-from onnxopt import options
 from onnxopt._version import __version__
-from onnxopt.outcome import Cli
+from onnxopt.cli import options
+from onnxopt.cli.outcome import Cli
 
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
@@ -36,8 +36,8 @@ def cli() -> None:
 @options.transform
 def optimize(source: str, recipe: str | None, passes: str | None, **given: Any) -> int:
     """Run a recipe: everything exact without one, nothing lossy."""
+    from onnxopt.cli.run import transform
     from onnxopt.errors import UsageError
-    from onnxopt.transform import transform
 
     if recipe is not None and passes is not None:
         raise UsageError("give --recipe or --passes, not both")
@@ -49,7 +49,7 @@ def optimize(source: str, recipe: str | None, passes: str | None, **given: Any) 
 @options.transform
 def simplify(source: str, **given: Any) -> int:
     """Rewrite the graph exactly: constants, identities, BatchNormalization, dead code."""
-    from onnxopt.transform import transform
+    from onnxopt.cli.run import transform
 
     return transform(source, "simplify", given)
 
@@ -66,8 +66,9 @@ def validate(
 
     Judged at the measured noise floor, unless a budget is given.
     """
-    from onnxopt import api, describe, terminal
-    from onnxopt.document import Document, as_json
+    from onnxopt import api
+    from onnxopt.cli import describe, terminal
+    from onnxopt.cli.document import Document, as_json
 
     with Document(json_to) as document:
         verdict = api.validate(
@@ -87,8 +88,8 @@ def validate(
 @options.json_to
 def inspect(source: str, json_to: str | None, verbose: int) -> int:
     """Say what a model holds: operators, sizes, zeros, quantization."""
-    from onnxopt import describe, terminal
-    from onnxopt.document import Document, as_json
+    from onnxopt.cli import describe, terminal
+    from onnxopt.cli.document import Document, as_json
     from onnxopt.inspection import inspect as look
 
     with Document(json_to) as document:
@@ -103,8 +104,8 @@ def inspect(source: str, json_to: str | None, verbose: int) -> int:
 @options.json_to
 def passes(json_to: str | None, verbose: int) -> int:
     """List the passes with their parameters, and the pipelines."""
-    from onnxopt import listing, terminal
-    from onnxopt.document import Document, as_json
+    from onnxopt.cli import listing, terminal
+    from onnxopt.cli.document import Document, as_json
 
     found = listing.listing()
     with Document(json_to) as document:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from onnxopt.inputs import Dim, dims_of
+from onnxopt.data.inputs import Dim, dims_of
 
 # An exclusive upper bound: a number, or the symbol of a dim that a feed binds.
 Bound: TypeAlias = int | str

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from onnxopt.terminal import Block, Table
+from onnxopt.cli.terminal import Block, Table
 
 if TYPE_CHECKING:
-    from onnxopt.inspection import Inspection, Value
+    from onnxopt.inspection.survey import Inspection, Value
     from onnxopt.report import Check, OutputCheck, PassReport, Report, Side, Validation
 
 _SHOWN = 10

@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from onnxopt.data.inputs import Feed, Feeds
 from onnxopt.errors import WorkerError
-from onnxopt.hard import HARD_CASES, hard_feed
-from onnxopt.inputs import Feed, Feeds
-from onnxopt.metrics import compare
-from onnxopt.rules import Rule, Sample
+from onnxopt.validation.hard import HARD_CASES, hard_feed
+from onnxopt.validation.metrics import compare
+from onnxopt.validation.rules import Rule, Sample
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import IO
 
-from onnxopt.outcome import clean
+from onnxopt.cli.outcome import clean
 
 _STYLES = {"passed": "green", "failed": "bold red", "not run": "yellow"}
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import msgspec
 import onnx
 
-from onnxopt import noise
-from onnxopt.inputs import Feeds
-from onnxopt.levelcheck import LevelCheck
-from onnxopt.rules import Floor
-from onnxopt.spread import MovedModels
-from onnxopt.unrounded import unrounded
-from onnxopt.verdict import LEVELS, Question, Verdict, Workers
+from onnxopt.data.inputs import Feeds
+from onnxopt.validation import noise
+from onnxopt.validation.check import LevelCheck
+from onnxopt.validation.rules import Floor
+from onnxopt.validation.spread import MovedModels
+from onnxopt.validation.unrounded import unrounded
+from onnxopt.validation.verdict import LEVELS, Question, Verdict, Workers
 
 
 def judge_unrounded(

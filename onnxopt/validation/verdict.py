@@ -10,9 +10,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from onnxopt import noise
 from onnxopt.errors import ProviderError
-from onnxopt.metrics import Allowance, Difference
 from onnxopt.report import (
     Check,
     LevelDifference,
@@ -21,7 +19,10 @@ from onnxopt.report import (
     Status,
     Validation,
 )
-from onnxopt.rules import (
+from onnxopt.runtime import Level, SessionSpec, Worker, provider_name
+from onnxopt.validation import noise
+from onnxopt.validation.metrics import Allowance, Difference
+from onnxopt.validation.rules import (
     LOSSY_FLOOR_DB,
     Exact,
     Floor,
@@ -31,7 +32,6 @@ from onnxopt.rules import (
     Sample,
     Within,
 )
-from onnxopt.runtime import Level, SessionSpec, Worker, provider_name
 
 Side: TypeAlias = Literal["reference", "candidate"]
 LEVELS: tuple[Level, ...] = ("disable_all", "enable_all")

@@ -9,11 +9,11 @@ from typing import Any
 
 import msgspec
 
+from onnxopt.cli.terminal import Block, Table
 from onnxopt.manager import Pass
 from onnxopt.passes import PIPELINES
 from onnxopt.recipe import pass_table
 from onnxopt.report import Guarantee
-from onnxopt.terminal import Block, Table
 
 
 class Parameter(msgspec.Struct, frozen=True):

@@ -14,13 +14,14 @@ import msgspec
 import numpy as np
 from onnx import TensorProto, TypeProto, ValueInfoProto
 
-from onnxopt import cost, facts, zeros
+from onnxopt import cost, facts
 from onnxopt._version import __version__
+from onnxopt.data.inputs import dims_of
 from onnxopt.graph import GraphView
-from onnxopt.inputs import dims_of
-from onnxopt.layers import Layer, layer
+from onnxopt.inspection import zeros
+from onnxopt.inspection.layers import Layer, layer
+from onnxopt.inspection.quantization import Quantization, dtype_name, quantization
 from onnxopt.model import Model, Source
-from onnxopt.quantization_state import Quantization, dtype_name, quantization
 from onnxopt.report import Pair
 from onnxopt.weights import elements, tensor_bytes
 

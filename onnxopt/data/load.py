@@ -1,4 +1,4 @@
-"""Feeds from the user's data, or made up.
+"""Feeds from the user's data.
 
 `load_feeds` takes every form of `--data`:
 
@@ -27,31 +27,14 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
-from onnxopt.errors import OnnxoptError, UsageError
-from onnxopt.generate import Binding, GeneratedFeeds, candidate_bindings, generate_feeds
-from onnxopt.inputs import (
+from onnxopt.data.inputs import (
     Feed,
     Feeds,
     InputSpec,
     checked,
-    input_specs,
-    parse_shape,
     shape_text,
 )
-
-__all__ = [
-    "Binding",
-    "Feed",
-    "Feeds",
-    "GeneratedFeeds",
-    "InputSpec",
-    "candidate_bindings",
-    "generate_feeds",
-    "input_specs",
-    "load_feeds",
-    "load_function",
-    "parse_shape",
-]
+from onnxopt.errors import OnnxoptError, UsageError
 
 # What a one-shot iterator may hold when it is drained into memory.
 _DRAIN_LIMIT = 2 << 30

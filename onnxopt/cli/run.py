@@ -15,12 +15,13 @@ from typing import Any
 import msgspec
 import onnx.printer
 
-from onnxopt import api, describe, files, options, terminal
-from onnxopt.document import Document
+from onnxopt import api, files
+from onnxopt.cli import describe, options, terminal
+from onnxopt.cli.document import Document
+from onnxopt.cli.outcome import warn
 from onnxopt.errors import InvalidModelError, OnnxoptError, UsageError, ValidationError
 from onnxopt.manager import Observer, Pass
 from onnxopt.model import Model
-from onnxopt.outcome import warn
 from onnxopt.report import Report
 
 

@@ -1,0 +1,7 @@
+"""What a model holds: operators, sizes, zeros, quantization."""
+
+from __future__ import annotations
+
+from onnxopt.inspection.survey import Inspection, inspect
+
+__all__ = ["Inspection", "inspect"]

@@ -1,0 +1,1 @@
+"""The verdict: does a candidate compute what its reference computes?"""
