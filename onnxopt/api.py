@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, cast
+from typing import Any, Literal, Unpack, cast
 
+import msgspec
 import onnx
 from onnx import ModelProto
 
@@ -29,58 +30,11 @@ from onnxopt.model import Model, Source
 from onnxopt.report import Check, Guarantee, PassReport, Report, Validation
 from onnxopt.runtime import provider_name, provider_options
 from onnxopt.save import Staged, fits_in_protobuf, stage, to_proto
+from onnxopt.settings import Options, ValidationOptions
 from onnxopt.validation import interface
 from onnxopt.validation.judge import AbsentProviderError, Budget, judge
 
 OnFailure = Literal["raise", "return", "rollback"]
-
-
-class ValidationOptions(TypedDict, total=False):
-    """How a candidate is judged.
-
-    Execution providers ("cpu", "cuda", ...) in `require_providers` must be there. Feeds:
-    `seed`, `batch_size` (of an .npz), `input_shapes` (name to dims) for generated ones.
-    Budget: `min_sqnr` (dB), `rtol` and `atol` (in place of the noise floor), `metric`
-    ("script.py:function") with `max_drop`. `timeout` (seconds) and `memory_limit`
-    (bytes) hold for each session's worker.
-    """
-
-    base_dir: str | os.PathLike[str] | None
-    require_providers: Sequence[str]
-    seed: int
-    batch_size: int | None
-    input_shapes: Mapping[str, Sequence[int]] | None
-    min_sqnr: float | None
-    rtol: float | None
-    atol: float | None
-    metric: str | None
-    max_drop: float | None
-    custom_op_libraries: Sequence[str]
-    timeout: float
-    memory_limit: int | None
-
-
-class Options(ValidationOptions, total=False):
-    """What every transform takes beyond the model, besides `ValidationOptions`.
-
-    The result is judged on `providers`, "cpu" without any. `passes` (a textual pipeline,
-    or passes) replaces the recipe. `fix_shapes` and `freeze_inputs` change the
-    interface, `opset` raises the standard opset. `validate` False leaves the result
-    unproven; `require_validation` makes a model that cannot run an error.
-    `bisect_limit` stops after that many edits; `verify_each` checks the graph, and the
-    result in ONNX Runtime, after every pass; `observer` is told of each.
-    """
-
-    providers: Sequence[str]
-    passes: str | Sequence[Pass] | None
-    fix_shapes: Mapping[str, Sequence[int]] | None
-    freeze_inputs: bool
-    opset: int | None
-    validate: bool
-    require_validation: bool
-    bisect_limit: int | None
-    verify_each: bool
-    observer: Observer | None
 
 
 @dataclass
@@ -122,7 +76,7 @@ class Result:
         assert self._model is not None
         target = Path(path)
         with stage(self._model, target) as staged:
-            staged.keep = _input_data(self._model)
+            staged.keep = self._model.weights.data_files()
             staged.commit()
 
     def _build(self) -> ModelProto:
@@ -248,13 +202,13 @@ class Job:
             report = Report(
                 recipe=self.recipe,
                 target=self.target.name,
-                source=facts.of_file(original, reference, _data_folder(self, reference)),
+                source=facts.of_file(original, reference),
             )
             target = output or folder / "candidate.onnx"
             with _carrying(report):
                 feeds = self._feeds(original)
                 ends = interface.of(original.proto)
-                run = _Run(self, report, reference, target, feeds, ends)
+                run = _Run(self, report, reference, target, feeds, ends, original)
                 result, staged = run.attempt(self.options.get("bisect_limit"))
                 if _failed(report) and on_failure == "rollback":
                     staged.discard()
@@ -290,11 +244,12 @@ class _Run:
     target: Path
     feeds: data.Feeds | None
     ends: interface.Interface
+    opened: Model | None
 
     def attempt(self, limit: int | None) -> tuple[Result, Staged]:
         """One whole run with at most `limit` edits; fills in the report."""
         report, options = self.report, self.job.options
-        model = self._prepared(Model.open(self.job.source, options.get("base_dir")))
+        model = self._prepared(self._take_source())
         model.ledger = Ledger(report.source.bytes.model + report.source.bytes.data, limit)
         context = Context(self.job.target, Evaluator(options.get("timeout", 600.0)))
         manager = PassManager(
@@ -322,6 +277,11 @@ class _Run:
             Result(report, seconds=manager.seconds, _model=model, _as_graph=as_graph),
             staged,
         )
+
+    def _take_source(self) -> Model:
+        """The source as it came: for the first attempt the model that is open anyway."""
+        model, self.opened = self.opened, None
+        return model or Model.open(self.job.source, self.job.options.get("base_dir"))
 
     def _check_interface(self, made: interface.Interface) -> None:
         frozen = bool(self.job.options.get("freeze_inputs"))
@@ -472,21 +432,12 @@ def _on_disk(
     return spare
 
 
-def _data_folder(job: Job, reference: Path) -> Path:
-    base_dir = job.options.get("base_dir")
-    return Path(base_dir) if base_dir is not None else reference.parent
-
-
-def _input_data(model: Model) -> list[Path]:
-    return model.weights.data_files()
-
-
 def _kept_data(original: Model, source: Source, output: Path | None) -> list[Path]:
     """The input's data files, which stay, unless the output replaces the input.
 
     Raises UsageError where the output would replace one of them.
     """
-    found = _input_data(original)
+    found = original.weights.data_files()
     if output is None or not output.exists():
         return found
     if any(file.exists() and output.samefile(file) for file in found):
@@ -521,8 +472,6 @@ def _check_format(report: Report, reference: Path, candidate: Path) -> None:
 
 
 def _as_failed(validation: Validation, reason: str) -> Validation:
-    import msgspec
-
     return msgspec.structs.replace(validation, status="failed", reason=reason)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from onnx import AttributeProto, GraphProto, NodeProto, helper
@@ -42,6 +42,14 @@ def make(name: str, value: Any) -> AttributeProto:
     """An attribute of the type that `value` has (an empty list is a list of ints)."""
     kind = AttributeProto.INTS if isinstance(value, list) and not value else None
     return helper.make_attribute(name, value, attr_type=kind)
+
+
+def nodes_in(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
+    """Nodes, each followed by those of its subgraphs."""
+    for node in nodes:
+        yield node
+        for _, graph in subgraphs(node) if node.attribute else ():
+            yield from nodes_in(graph.node)
 
 
 def subgraphs(node: NodeProto) -> Iterator[tuple[str, GraphProto]]:

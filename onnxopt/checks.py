@@ -58,7 +58,7 @@ def check_proto(proto: ModelProto) -> None:
         *((function.node, function.opset_import) for function in proto.functions),
     ):
         versions = {entry.domain: entry.version for entry in imports}
-        for node in _all_nodes(nodes):
+        for node in attributes.nodes_in(nodes):
             _check_node(node, versions, calls)
 
 
@@ -122,7 +122,7 @@ def _check_functions(proto: ModelProto) -> None:
     calls = {
         key: Counter(
             (node.domain, node.op_type, node.overload)
-            for node in _all_nodes(function.node)
+            for node in attributes.nodes_in(function.node)
         )
         for key, function in functions.items()
     }
@@ -138,7 +138,7 @@ def _check_functions(proto: ModelProto) -> None:
         )
     called = Counter(
         (node.domain, node.op_type, node.overload)
-        for node in _all_nodes(proto.graph.node)
+        for node in attributes.nodes_in(proto.graph.node)
     )
     if (total := _inlined(called, sizes)) > max(MAX_INLINED, called.total()):
         raise InvalidModelError(
@@ -159,13 +159,6 @@ def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
     for node in graph.node:
         for _, inner in attributes.subgraphs(node) if node.attribute else ():
             yield from _graphs(inner)
-
-
-def _all_nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
-    for node in nodes:
-        yield node
-        for _, inner in attributes.subgraphs(node) if node.attribute else ():
-            yield from _all_nodes(inner.node)
 
 
 def _check_text(names: Iterable[object], where: str) -> None:

@@ -553,12 +553,7 @@ def _node_bytes(node: NodeProto) -> int:
 
 
 def _inner_nodes(node: NodeProto) -> int:
-    if not node.attribute:
-        return 0
-    return sum(
-        len(graph.node) + sum(map(_inner_nodes, graph.node))
-        for _, graph in attributes.subgraphs(node)
-    )
+    return sum(1 for _ in attributes.nodes_in([node])) - 1
 
 
 def _set_payload(tensor: TensorProto, new: TensorProto) -> None:

@@ -7,7 +7,6 @@ ORT_DISABLE_ALL: the same kernels that would compute the value at run time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 
 import numpy as np
 from google.protobuf.message import EncodeError
@@ -34,12 +33,7 @@ class Evaluator:
     def __enter__(self) -> Evaluator:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._worker.close()
 
     def evaluate(self, model: ModelProto) -> dict[str, Array]:

@@ -12,15 +12,15 @@ from onnxopt.errors import UsageError
 from onnxopt.model import Model
 from onnxopt.report import Digest, Pair, Side
 from onnxopt.save import Staged
-from onnxopt.weights import CHUNK, place, tensors
+from onnxopt.weights import CHUNK
 
 
-def of_file(model: Model, path: Path, base_dir: Path | None = None) -> Side:
+def of_file(model: Model, path: Path) -> Side:
     """The facts of the file at `path`, which holds `model`.
 
     The digest of external data is over its files in the order of their locations.
     """
-    data = data_files(model, base_dir or path.parent)
+    data = model.weights.data_files()
     digest = Digest(_sha256([path]), _sha256(data) if data else None)
     size = Pair(os.path.getsize(path), sum(os.path.getsize(file) for file in data))
     return _side(model, digest, size)
@@ -29,13 +29,6 @@ def of_file(model: Model, path: Path, base_dir: Path | None = None) -> Side:
 def of_staged(model: Model, staged: Staged) -> Side:
     """The facts of a file that was just written, whose bytes were hashed on the way."""
     return _side(model, staged.digest, staged.bytes)
-
-
-def data_files(model: Model, base_dir: Path) -> list[Path]:
-    """The external data files that the model refers to."""
-    places = [place(tensor) for tensor in tensors(model.proto)]
-    names = {where.location for where in places if where is not None}
-    return [base_dir / name for name in sorted(names) if not name.startswith("\0")]
 
 
 def _side(model: Model, digest: Digest, size: Pair) -> Side:

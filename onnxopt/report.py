@@ -16,6 +16,11 @@ Guarantee = Literal["bitwise", "equivalent", "lossy"]
 Status = Literal["passed", "failed", "not_run"]
 
 
+def as_json(value: msgspec.Struct) -> str:
+    """A structure as indented JSON text, ending in a newline."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n"
+
+
 class Pair(msgspec.Struct, frozen=True):
     """Sizes (bytes) of the model file and of its external data."""
 
@@ -135,4 +140,4 @@ class Report(msgspec.Struct, kw_only=True):
 
     def to_json(self) -> str:
         """The report as indented JSON text (schema 1), ending in a newline."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=2).decode() + "\n"
+        return as_json(self)

@@ -213,7 +213,7 @@ class WeightStore:
         self._sources[location] = _Source(file, label)
 
     def data_files(self) -> list[Path]:
-        """The external data files that payloads were found in."""
+        """The external data files of the model, all of which were opened to check it."""
         if self.base_dir is None:
             return []
         names = sorted(name for name in self._sources if not name.startswith("\0"))

@@ -68,7 +68,8 @@ def validate(
     """
     from onnxopt import api
     from onnxopt.cli import describe, terminal
-    from onnxopt.cli.document import Document, as_json
+    from onnxopt.cli.document import Document
+    from onnxopt.report import as_json
 
     with Document(json_to) as document:
         verdict = api.validate(
@@ -89,8 +90,9 @@ def validate(
 def inspect(source: str, json_to: str | None, verbose: int) -> int:
     """Say what a model holds: operators, sizes, zeros, quantization."""
     from onnxopt.cli import describe, terminal
-    from onnxopt.cli.document import Document, as_json
+    from onnxopt.cli.document import Document
     from onnxopt.inspection import inspect as look
+    from onnxopt.report import as_json
 
     with Document(json_to) as document:
         found = look(source)
@@ -105,7 +107,8 @@ def inspect(source: str, json_to: str | None, verbose: int) -> int:
 def passes(json_to: str | None, verbose: int) -> int:
     """List the passes with their parameters, and the pipelines."""
     from onnxopt.cli import listing, terminal
-    from onnxopt.cli.document import Document, as_json
+    from onnxopt.cli.document import Document
+    from onnxopt.report import as_json
 
     found = listing.listing()
     with Document(json_to) as document:

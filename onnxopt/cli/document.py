@@ -9,8 +9,6 @@ import os
 import sys
 from pathlib import Path
 
-import msgspec
-
 from onnxopt import files
 from onnxopt.errors import UsageError
 
@@ -79,8 +77,3 @@ def _to_stdout(text: str) -> None:
         sys.stdout.flush()
     except OSError as error:
         raise UsageError(f"cannot write to stdout: {error.strerror}") from None
-
-
-def as_json(value: msgspec.Struct) -> str:
-    """A structure as indented JSON text, ending in a newline."""
-    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n"

@@ -12,34 +12,10 @@ from typing import Any, TypeVar
 import click
 
 from onnxopt.errors import UsageError
+from onnxopt.settings import Options
 
 F = TypeVar("F", bound=Callable[..., Any])
 Decorator = Callable[[F], F]
-
-_JOB_KEYS = frozenset(
-    {
-        "providers",
-        "require_providers",
-        "seed",
-        "batch_size",
-        "input_shapes",
-        "min_sqnr",
-        "rtol",
-        "atol",
-        "metric",
-        "max_drop",
-        "custom_op_libraries",
-        "timeout",
-        "passes",
-        "fix_shapes",
-        "freeze_inputs",
-        "opset",
-        "validate",
-        "require_validation",
-        "bisect_limit",
-        "verify_each",
-    }
-)
 
 
 def job_options(given: dict[str, Any]) -> dict[str, Any]:
@@ -47,7 +23,7 @@ def job_options(given: dict[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in given.items()
-        if key in _JOB_KEYS and value is not None and value != ()
+        if key in Options.__annotations__ and value is not None and value != ()
     }
 
 

@@ -65,10 +65,6 @@ class Quantization(msgspec.Struct, frozen=True):
     activations: int
     weights: list[QuantizedWeight]
 
-    def of_state(self, state: State) -> list[QuantizedWeight]:
-        """The weights that are stored as `state` says."""
-        return [weight for weight in self.weights if weight.state == state]
-
 
 def quantization(model: Model) -> Quantization:
     """Look at every scope of `model`."""

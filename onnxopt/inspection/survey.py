@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from onnx import TensorProto, TypeProto, ValueInfoProto
 
-from onnxopt import cost, facts
+from onnxopt import cost
 from onnxopt._version import __version__
 from onnxopt.data.inputs import dims_of
 from onnxopt.graph import GraphView
@@ -162,13 +162,13 @@ def _inspect(model: Model, source: Source) -> Inspection:
 
 
 def _external_data(model: Model) -> dict[str, int]:
+    files = model.weights.data_files()
+    return {_location(model, path): os.path.getsize(path) for path in files}
+
+
+def _location(model: Model, path: Path) -> str:
     base = model.weights.base_dir
-    if base is None:
-        return {}
-    return {
-        str(path.relative_to(base)): os.path.getsize(path)
-        for path in facts.data_files(model, Path(base))
-    }
+    return str(path if base is None else path.relative_to(base))
 
 
 def _operators(view: GraphView) -> dict[str, int]:

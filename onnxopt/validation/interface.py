@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from onnx import ModelProto, ValueInfoProto
@@ -25,10 +25,15 @@ def of(proto: ModelProto) -> Interface:
     given |= {sparse.values.name for sparse in proto.graph.sparse_initializer}
     names = frozenset(value.name for value in proto.graph.input)
     return Interface(
-        tuple(value for value in proto.graph.input if value.name not in given),
+        _copies(value for value in proto.graph.input if value.name not in given),
         names & given if proto.ir_version >= 4 else frozenset(),
-        tuple(proto.graph.output),
+        _copies(proto.graph.output),
     )
+
+
+def _copies(values: Iterable[ValueInfoProto]) -> Ends:
+    """Copies, since the model they come from may be rewritten."""
+    return tuple(ValueInfoProto.FromString(value.SerializeToString()) for value in values)
 
 
 def difference(

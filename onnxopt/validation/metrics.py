@@ -59,11 +59,6 @@ class Difference:
     slices: tuple[Slices, ...] = ()
 
     @property
-    def identical(self) -> bool:
-        """Equal by ==, with NaN in the same places."""
-        return self.problem is None and self.flipped == 0
-
-    @property
     def max_rel(self) -> float:
         """The largest difference, relative to the largest magnitude of the reference."""
         if self.max_abs == 0:

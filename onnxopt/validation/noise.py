@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
+from onnxopt import attributes
 from onnxopt.data.inputs import Feed
 
 # Above this, models are not copied to move their weights; their inputs still are.
@@ -93,18 +94,9 @@ def external_bytes(model: onnx.ModelProto) -> int:
 
 def all_nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
     """Nodes of all scopes: main graph, subgraphs, functions."""
-    yield from nodes_in(model.graph.node)
+    yield from attributes.nodes_in(model.graph.node)
     for function in model.functions:
-        yield from nodes_in(function.node)
-
-
-def nodes_in(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """Nodes and those of their subgraphs."""
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            for graph in (attribute.g, *attribute.graphs):
-                yield from nodes_in(graph.node)
+        yield from attributes.nodes_in(function.node)
 
 
 def _computes_in(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> set[str]:

@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from onnxopt.validation.noise import nodes_in
+from onnxopt.attributes import nodes_in
 
 # Nodes that only move elements of input 0 (of all inputs: Concat).
 _CARRIERS = {
