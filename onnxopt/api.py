@@ -400,13 +400,18 @@ def _judge(
 
     `guarantees`: those of the passes that fired, by which the candidate is judged.
     """
-    keys = ("min_sqnr", "rtol", "atol", "metric", "max_drop")
-    budget = {key: options.get(key) for key in keys if options.get(key) is not None}
+    budget = Budget(
+        min_sqnr=options.get("min_sqnr"),
+        rtol=options.get("rtol"),
+        atol=options.get("atol"),
+        metric=options.get("metric"),
+        max_drop=options.get("max_drop"),
+    )
     return judge(
         *paths,
         providers=tuple(options.get("providers") or _default_providers(options)),
         feeds=feeds,
-        budget=Budget(**budget) if budget else None,  # type: ignore[arg-type]
+        budget=budget,
         lossy="lossy" in guarantees,
         bitwise=guarantees <= {"bitwise"},
         required=tuple(options.get("require_providers") or ()),

@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import onnx
+from google.protobuf.message import DecodeError
 
 from onnxopt.data import (
     Binding,
@@ -108,7 +109,7 @@ def judge(
         moved = MovedModels(question, _facts(question.reference), Path(folder))
         for provider in present:
             _judge_provider(verdict, provider, feeds, moved, required)
-    if all(_is_absence(check) for check in verdict.checks):
+    if all(check.provider in verdict.absent for check in verdict.checks):
         raise AbsentProviderError(verdict.checks[0].reason or "", verdict.validation())
     return verdict.validation()
 
@@ -125,7 +126,7 @@ def _checked(budget: Budget | None) -> Budget:
 def _facts(path: Path) -> noise.Facts:
     try:
         model = onnx.load(path, load_external_data=False)
-    except Exception as error:
+    except (DecodeError, OSError) as error:
         text = " ".join(str(error).split())
         raise InvalidModelError(f"{path}: not an ONNX model ({text})") from error
     return noise.facts(model, path)
@@ -152,12 +153,9 @@ def _not_used(
     verdict: Verdict, provider: str, reason: str, required: Collection[str]
 ) -> None:
     verdict.not_run(provider, reason)
+    verdict.absent.add(provider)
     if provider in required:
         raise AbsentProviderError(reason, verdict.validation())
-
-
-def _is_absence(check: Check) -> bool:
-    return check.status == "not_run" and "asked for but not used" in (check.reason or "")
 
 
 def _judge_provider(

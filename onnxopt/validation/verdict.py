@@ -177,6 +177,7 @@ class Verdict:
         self.checks: list[Check] = []
         self.differences: list[LevelDifference] = []
         self.notes: list[str] = []
+        self.absent: set[str] = set()
         self.feeds = 0
 
     def note(self, text: str) -> None:
