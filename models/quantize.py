@@ -18,10 +18,10 @@ from models.network import ConvBN, FashionNet, Residual
 SMALLEST_RANGE = 1e-8
 
 
-def weight_scale(weight: Tensor) -> Tensor:
+def weight_scale(weight: Tensor, smallest: float = SMALLEST_RANGE) -> Tensor:
     """One scale for each output channel (axis 0): abs-max / 127."""
     others = list(range(1, weight.dim()))
-    return weight.abs().amax(others).clamp(min=SMALLEST_RANGE) / 127.0
+    return weight.abs().amax(others).clamp(min=smallest) / 127.0
 
 
 class WeightQuantizer(nn.Module):
@@ -34,17 +34,20 @@ class WeightQuantizer(nn.Module):
     zero_point: Tensor
     fixed: Tensor | None
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, smallest: float) -> None:
         super().__init__()
+        self.smallest = smallest
         zeros = torch.zeros(channels, dtype=torch.int32)
         self.register_buffer("zero_point", zeros, persistent=False)
         self.register_buffer("fixed", None, persistent=False)
 
     def fix(self, weight: Tensor) -> None:
-        self.fixed = weight_scale(weight.detach())
+        self.fixed = weight_scale(weight.detach(), self.smallest)
 
     def forward(self, weight: Tensor) -> Tensor:
-        scale = weight_scale(weight.detach()) if self.fixed is None else self.fixed
+        scale = self.fixed
+        if scale is None:
+            scale = weight_scale(weight.detach(), self.smallest)
         return torch.fake_quantize_per_channel_affine(
             weight, scale, self.zero_point, 0, -128, 127
         )
@@ -91,7 +94,7 @@ class ActivationQuantizer(nn.Module):
 
 
 class QuantConv2d(nn.Conv2d):
-    def __init__(self, source: nn.Conv2d) -> None:
+    def __init__(self, source: nn.Conv2d, smallest: float) -> None:
         super().__init__(
             source.in_channels,
             source.out_channels,
@@ -102,17 +105,17 @@ class QuantConv2d(nn.Conv2d):
             bias=source.bias is not None,
         )
         self.load_state_dict(source.state_dict())
-        self.quantize_weight = WeightQuantizer(source.out_channels)
+        self.quantize_weight = WeightQuantizer(source.out_channels, smallest)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.quantize_weight(self.weight), self.bias)
 
 
 class QuantLinear(nn.Linear):
-    def __init__(self, source: nn.Linear) -> None:
+    def __init__(self, source: nn.Linear, smallest: float) -> None:
         super().__init__(source.in_features, source.out_features)
         self.load_state_dict(source.state_dict())
-        self.quantize_weight = WeightQuantizer(source.out_features)
+        self.quantize_weight = WeightQuantizer(source.out_features, smallest)
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.quantize_weight(self.weight), self.bias)
@@ -127,13 +130,13 @@ def fold_batch_norm(model: nn.Module) -> None:
             part.bn = nn.Identity()
 
 
-def insert_quantizers(model: FashionNet) -> None:
+def insert_quantizers(model: FashionNet, smallest: float) -> None:
     for part in model.modules():
         if isinstance(part, ConvBN | Residual):
             part.quantize = ActivationQuantizer()
         if isinstance(part, ConvBN):
-            part.conv = QuantConv2d(part.conv)
-    model.head = QuantLinear(model.head)
+            part.conv = QuantConv2d(part.conv, smallest)
+    model.head = QuantLinear(model.head, smallest)
     model.quantize_input = ActivationQuantizer()
     model.quantize_pool = ActivationQuantizer()
     model.quantize_logits = ActivationQuantizer()
@@ -157,8 +160,13 @@ def fix_weight_scales(model: nn.Module) -> None:
             part.quantize_weight.fix(part.weight)
 
 
-def quantized(model: FashionNet) -> FashionNet:
-    """`model` (changed in place) ready for quantization-aware training."""
+def quantized(model: FashionNet, smallest: float = SMALLEST_RANGE) -> FashionNet:
+    """`model` (changed in place) ready for quantization-aware training.
+
+    `smallest`: the least range of a channel's weights.  Runtimes store a bias in int32
+    steps of input scale x weight scale, which a bias over a filter of zeros outgrows
+    where that scale is next to nothing.
+    """
     fold_batch_norm(model)
-    insert_quantizers(model)
+    insert_quantizers(model, smallest)
     return model

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from onnxopt._version import __version__
 
 if TYPE_CHECKING:
-    from onnxopt.api import Result, optimize, simplify, validate
+    from onnxopt.api import Result, optimize, shrink, simplify, validate
     from onnxopt.errors import (
         InvalidModelError,
         OnnxoptError,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 logging.getLogger("onnxopt").addHandler(logging.NullHandler())
 
 _HOMES = {
-    "onnxopt.api": ("Result", "optimize", "simplify", "validate"),
+    "onnxopt.api": ("Result", "optimize", "shrink", "simplify", "validate"),
     "onnxopt.errors": (
         "InvalidModelError",
         "OnnxoptError",
@@ -61,6 +61,7 @@ __all__ = [
     "__version__",
     "inspect",
     "optimize",
+    "shrink",
     "simplify",
     "validate",
 ]

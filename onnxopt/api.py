@@ -122,6 +122,20 @@ def simplify(
     return optimize(model, "simplify", data, target, on_failure, **options)
 
 
+def shrink(
+    model: Source,
+    data: Any = None,
+    target: str = "onnx",
+    on_failure: OnFailure = "raise",
+    **options: Unpack[Options],
+) -> Result:
+    """`optimize` with what takes out zeroed channels and dead layers; see there.
+
+    Exact: constant channels go into biases. Activations are taken to be finite.
+    """
+    return optimize(model, "shrink", data, target, on_failure, **options)
+
+
 def validate(
     reference: Source,
     candidate: Source,

@@ -50,6 +50,11 @@ class Edit:
         self._steps: list[Callable[[_Journal], object]] = []
 
     @property
+    def is_empty(self) -> bool:
+        """Whether it would change nothing."""
+        return not self._steps
+
+    @property
     def node(self) -> NodeProto:
         """The node that the edit is about."""
         assert self._subject is not None, "this edit is about a weight"
@@ -125,6 +130,11 @@ class Edit:
         """Let input `index` of `node` read `name`; slots before it are filled with ""."""
         self._check_own(node)
         self._steps.append(lambda j: j.set_input(self.graph, node, index, name))
+
+    def set_inputs(self, node: NodeProto, names: Sequence[str]) -> None:
+        """Let `node` read these values and no others."""
+        self._check_own(node)
+        self._steps.append(lambda j: j.set_inputs(self.graph, node, names))
 
     def set_op_type(self, node: NodeProto, op_type: str) -> None:
         """Let `node` be another standard operator, with the inputs that it has."""
@@ -311,6 +321,14 @@ class _Journal:
         if old and name and old not in node.input:
             self._move_shards(node, old, name)
         self.touched.append((view, node))
+
+    def set_inputs(self, view: GraphView, node: NodeProto, names: Sequence[str]) -> None:
+        for index in range(max(len(names), len(node.input))):
+            self.set_input(view, node, index, names[index] if index < len(names) else "")
+        surplus = len(node.input) - len(names)
+        if surplus > 0:
+            del node.input[len(names) :]
+            self.undo.append(lambda: node.input.extend([""] * surplus))
 
     def _move_shards(self, node: NodeProto, old: str, new: str) -> None:
         """Let what is said of sharding an input be said of the one in its place."""

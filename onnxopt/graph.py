@@ -125,6 +125,10 @@ class GraphView:
         """Whether `name` leaves this scope as one of its outputs."""
         return name in self._outputs
 
+    def is_pinned(self, name: str) -> bool:
+        """Whether something besides nodes and outputs refers to `name`."""
+        return name in self._pinned
+
     def is_used(self, name: str) -> bool:
         """Whether anything at all depends on `name`."""
         return bool(self._uses.get(name)) or name in self._outputs or name in self._pinned

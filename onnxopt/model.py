@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+from weakref import WeakKeyDictionary
 
 from google.protobuf.message import DecodeError, EncodeError
 from onnx import FunctionProto, ModelProto, NodeProto
@@ -43,6 +44,8 @@ class Model:
         self.names: set[str] = set()
         self.version = 0  # edits so far
         self.runs: int | None = None  # runs of passes so far, where a manager counts
+        self.analyses: WeakKeyDictionary[GraphView, tuple[int, Any]]
+        self.analyses = WeakKeyDictionary()  # by scope, with the version they are of
         self.ledger = Ledger()
         self.shapes = Shapes(self)
         self._sequence = itertools.count(-(1 << 60))

@@ -10,6 +10,8 @@ if not __name__.startswith("onnxopt."):
 
 from onnxopt.manager import Pass
 from onnxopt.passes.qdq.fold_qdq_weights import FoldQdqWeights
+from onnxopt.passes.shrink.dead_layers import DeadLayers
+from onnxopt.passes.shrink.zero_channels import ZeroChannels
 from onnxopt.passes.simplify.cse import ShareCommonSubexpressions
 from onnxopt.passes.simplify.dead_code import DeadCode
 from onnxopt.passes.simplify.fold_batch_norm import FoldBatchNorm
@@ -29,6 +31,8 @@ PASSES: dict[str, type[Pass]] = {
         ShareCommonSubexpressions,
         FoldBatchNorm,
         FoldQdqWeights,
+        DeadLayers,
+        ZeroChannels,
     )
 }
 
@@ -42,7 +46,10 @@ _SIMPLIFY = (
     "fold-batch-norm",
 )
 
+_SHRINK = ("dead-layers", "zero-channels")
+
 PIPELINES: dict[str, tuple[str, ...]] = {
-    "default": (*_SIMPLIFY, "fold-qdq-weights"),
+    "default": (*_SIMPLIFY, "fold-qdq-weights", *_SHRINK),
     "simplify": _SIMPLIFY,
+    "shrink": ("dead-code", "identity", "fold-constants", "no-op", *_SHRINK),
 }

@@ -55,6 +55,16 @@ def simplify(source: str, **given: Any) -> int:
 
 
 @cli.command()
+@options.model_argument("source", "IN")
+@options.transform
+def shrink(source: str, **given: Any) -> int:
+    """Take out zeroed channels and dead layers, exactly."""
+    from onnxopt.cli.run import transform
+
+    return transform(source, "shrink", given)
+
+
+@cli.command()
 @options.model_argument("reference", "REFERENCE")
 @options.model_argument("candidate", "CANDIDATE")
 @options.json_to

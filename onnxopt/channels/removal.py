@@ -1,0 +1,247 @@
+"""Taking channels out: make up for them, slice every constant, correct what is written.
+
+One edit for each component, built when the edits before it are done, so that it reads
+the constants as they are by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from onnx import NodeProto
+
+from onnxopt.channels.decision import Decision
+from onnxopt.channels.facts import Mask
+from onnxopt.channels.groups import Component, Groups, Slot
+from onnxopt.edit import Edit
+from onnxopt.graph import GraphView, Shape
+from onnxopt.weights import Array
+
+Change = Callable[[Array], Array]
+
+WHY = "channels that change nothing"
+
+
+class CannotRemove(Exception):  # noqa: N818 - a signal inside this package, not an error
+    """This component has to stay as it is; the text is the reason."""
+
+
+@dataclass
+class Declared:
+    """The types of values as they are by now: shapes change from edit to edit."""
+
+    shapes: dict[str, list[int | str | None]] = field(default_factory=dict)
+    types: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, groups: Groups) -> Declared:
+        """Those of every value that has a slot."""
+        made = cls()
+        graph = groups.graph
+        for slot in groups.slots.values():
+            dims: Shape | None = graph.shape(slot.name)
+            kind = graph.dtype(slot.name)
+            if slot.reader is None and dims is not None and kind is not None:
+                made.shapes[slot.name] = list(dims)
+                made.types[slot.name] = kind
+        return made
+
+
+class Removal:
+    """The edit of one component, while rules add to it."""
+
+    def __init__(
+        self, decision: Decision, component: Component, subject: NodeProto
+    ) -> None:
+        self.groups = decision.groups
+        self.graph: GraphView = self.groups.graph
+        self.removed = decision.removed
+        self.component = component
+        self.edit = Edit(self.graph, subject)
+        self._changes: dict[tuple[int, int], tuple[NodeProto, list[Change]]] = {}
+        self._added: dict[tuple[int, int], tuple[Array, str]] = {}
+        self._shifts: dict[int, tuple[NodeProto, Array]] = {}
+
+    # ---- for rules ----
+
+    def kept(self, slot: Slot) -> Mask:
+        """Which atoms of a slot stay."""
+        return np.asarray(~slot.of(self.removed))
+
+    def kept_of(self, name: str, axis: int) -> Mask | None:
+        """Which indices of an axis of a value stay; None where it has no such slot."""
+        slot = self.groups.slots.get((name, (axis,)))
+        return None if slot is None else self.kept(slot)
+
+    def change(self, node: NodeProto, index: int, change: Change) -> None:
+        """Let the constant that `node` reads at `index` become `change` of it."""
+        key = (id(node), index)
+        self._changes.setdefault(key, (node, []))[1].append(change)
+
+    def add_input(self, node: NodeProto, index: int, array: Array, hint: str) -> None:
+        """Let `node` read a new constant at `index`, where it reads nothing so far."""
+        self._added[id(node), index] = array, hint
+        self.change(node, index, lambda given: given)
+
+    def peek(self, node: NodeProto, index: int) -> Array | None:
+        """The constant that `node` is going to read at `index`; None where it is none."""
+        key = (id(node), index)
+        if key in self._added:
+            array: Array | None = self._added[key][0]
+        else:
+            name = node.input[index] if index < len(node.input) else ""
+            array = self.graph.array(name) if name else None
+        if array is not None and key in self._changes:
+            array = self._changed(node, index, array)
+        return array
+
+    def shift_after(self, node: NodeProto, by: Array) -> None:
+        """Add `by` to the output of `node`, which has no bias: along the last axis."""
+        self._shifts[id(node)] = node, by
+
+    def slice_after(self, node: NodeProto, kept: Mask) -> None:
+        """Slice what was added after `node`, in this edit or in an earlier one."""
+        if id(node) in self._shifts:
+            self._shifts[id(node)] = node, self._shifts[id(node)][1][..., kept]
+        name = self.groups.shifts.get(id(node))
+        array = self.graph.array(name) if name is not None else None
+        if name is not None and array is not None:
+            self.edit.set_weight(name, array[..., kept])
+
+    # ---- building ----
+
+    def apply(self, declared: Declared) -> bool:
+        """Build the edit and carry it out; False where it was refused."""
+        try:
+            self._build(declared)
+        except CannotRemove as reason:
+            self.graph.skip(self.edit.node, str(reason))
+            return False
+        if self.edit.is_empty or not self.graph.apply(self.edit, WHY):
+            return False
+        declared.shapes.update(self._shapes)
+        return True
+
+    def _build(self, declared: Declared) -> None:
+        for sink in self.component.sinks:
+            gone = sink.slot.of(self.removed)
+            if gone.any() and not gone.all():
+                sink.compensate(self, gone)
+        for slot in self.component.slots:
+            if slot.reader is not None:
+                self._slice(slot)
+        for patch in self.component.patches:
+            patch(self)
+        self._shapes = self._new_shapes(declared)
+        for name, dims in self._shapes.items():
+            self.edit.set_shape(name, declared.types[name], dims)
+        self._write()
+
+    def _slice(self, slot: Slot) -> None:
+        gone = slot.of(self.removed)
+        if slot.reader is None or not gone.any() or gone.all():
+            return  # where all go, what reads it goes, too
+        kept = (~gone).reshape(slot.dims)
+
+        def change(array: Array) -> Array:
+            for place, axis in enumerate(slot.axes):
+                others = tuple(o for o in range(kept.ndim) if o != place)
+                array = np.compress(kept.any(axis=others), array, axis)
+            return array
+
+        self.change(*slot.reader, change)
+
+    def _new_shapes(self, declared: Declared) -> dict[str, list[int | str | None]]:
+        made: dict[str, list[int | str | None]] = {}
+        for slot in self.component.slots:
+            if slot.reader is not None or slot.name not in declared.shapes:
+                continue
+            kept = self.kept(slot).reshape(slot.dims)
+            if kept.all() or not kept.any():
+                continue
+            dims = made.get(slot.name, list(declared.shapes[slot.name]))
+            for place, axis in enumerate(slot.axes):
+                others = tuple(o for o in range(kept.ndim) if o != place)
+                dims[axis] = int(kept.any(axis=others).sum())
+            made[slot.name] = dims
+        return made
+
+    # ---- writing constants ----
+
+    def _write(self) -> None:
+        by_name: dict[str, list[tuple[NodeProto, int]]] = {}
+        for (_, index), (node, _) in self._changes.items():
+            if (id(node), index) in self._added:
+                array, hint = self._added[id(node), index]
+                made = self.edit.add_weight(self._changed(node, index, array), hint)
+                self.edit.set_input(node, index, made)
+            else:
+                by_name.setdefault(node.input[index], []).append((node, index))
+        for name, readers in by_name.items():
+            self._write_constant(name, readers)
+        for node, by in self._shifts.values():
+            self._insert_shift(node, by)
+
+    def _insert_shift(self, node: NodeProto, by: Array) -> None:
+        name = node.output[0]
+        bias = self.edit.add_weight(by, f"{name}_bias")
+        (shifted,) = self.edit.insert("Add", [name, bias], [self.graph.fresh(name)])
+        for use in self.graph.uses(name):
+            self.edit.set_input(use.node, use.index, shifted)
+        self.groups.shifts[id(node)] = bias
+
+    def _changed(self, node: NodeProto, index: int, array: Array) -> Array:
+        for change in self._changes[id(node), index][1]:
+            array = change(array)
+        return array
+
+    def _write_constant(self, name: str, readers: list[tuple[NodeProto, int]]) -> None:
+        """One new value where all readers agree on it, else one for each that differs."""
+        array = self.graph.array(name)
+        assert array is not None, f"{name!r} is not a constant"
+        made = [self._changed(node, index, array) for node, index in readers]
+        home = self.graph.home(name)
+        uses = self.graph.home_uses(name)
+        are_all = home is self.graph and len(uses) == len(readers)
+        if are_all and all(_same(made[0], other) for other in made[1:]):
+            self.edit.set_weight(name, made[0])
+            return
+        done: list[tuple[Array, str]] = []
+        for (node, index), value in zip(readers, made, strict=True):
+            known = next((n for other, n in done if _same(other, value)), None)
+            if known is None:
+                known = self.edit.add_weight(value, name)
+                done.append((value, known))
+            self.edit.set_input(node, index, known)
+
+
+def _same(one: Array, two: Array) -> bool:
+    return one is two or (
+        one.dtype == two.dtype
+        and one.shape == two.shape
+        and one.tobytes() == two.tobytes()
+    )
+
+
+def remove(decision: Decision) -> int:
+    """Take out all that `decision` says may go; the number of edits that were made."""
+    groups = decision.groups
+    declared = Declared.of(groups)
+    edits = 0
+    for component in groups.components():
+        if any(slot.of(decision.removed).any() for slot in component.slots):
+            subject = _subject(groups, component, decision.removed)
+            edits += Removal(decision, component, subject).apply(declared)
+    return edits
+
+
+def _subject(groups: Groups, component: Component, removed: Mask) -> NodeProto:
+    """The node that the report names: the first that makes fewer channels."""
+    for slot in component.slots:
+        maker = groups.graph.producer(slot.name)
+        if slot.reader is None and maker is not None and slot.of(removed).any():
+            return maker
+    sliced = [slot.reader for slot in component.slots if slot.reader is not None]
+    return sliced[0][0]

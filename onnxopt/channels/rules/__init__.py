@@ -1,0 +1,1 @@
+"""How each operator treats channels: one small rule each, in `table`."""

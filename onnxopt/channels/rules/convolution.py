@@ -1,0 +1,167 @@
+"""Conv and ConvTranspose: plain, grouped and depthwise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from onnx import NodeProto
+
+from onnxopt import attributes
+from onnxopt.channels.facts import Mask
+from onnxopt.channels.groups import Ints, Link, Slot
+from onnxopt.channels.removal import Removal
+from onnxopt.channels.rules.layer import Geometry, Layer, LayerSink
+from onnxopt.weights import Array
+
+if TYPE_CHECKING:
+    from onnxopt.channels.analysis import Analysis
+
+
+class Conv(Layer):
+    """Weight [out, in / group, ...]; data and result have channels on axis 1."""
+
+    layer_axis = 1
+
+    def geometry(self, a: Analysis, node: NodeProto) -> Geometry | None:
+        """See Layer."""
+        dims = a.shape(node.input[1])
+        if dims is None or len(dims) < 3 or not a.is_constant(node.input[1]):
+            return None
+        if not all(isinstance(size, int) for size in dims):
+            return None
+        groups = attributes.get(node, "group", 1)
+        spreads = _is_padded(node, [int(size) for size in dims[2:] if size])
+        return Geometry(1, 1, 0, 1, groups=groups, spreads=spreads)
+
+    def link(self, link: Link) -> None:
+        """Depthwise convolutions hand their channels on; grouped ones keep balance."""
+        g = self.geometry(link.analysis, link.node)
+        if g is not None and g.groups > 1 and len(link.axes) == 1:
+            if link.analysis.size(link.node.input[1], 1) == 1:
+                self._link_depthwise(link, g)
+            else:
+                self._link_grouped(link, g)
+        else:
+            super().link(link)
+
+    def _link_depthwise(self, link: Link, g: Geometry) -> None:
+        """Input i makes the outputs i * m to i * m + m - 1."""
+        place = self._place(link, g)
+        outputs = link.analysis.size(link.node.input[1], 0) or 0
+        times = outputs // g.groups
+        spread = np.arange(outputs)
+        if place == "inputs" and link.side == "in" and link.index == 0:
+            link.tie("in", 1, (0,), here=spread // times, there=spread)
+            link.tie("out", 0, (1,), here=spread // times, there=spread)
+        elif place == "outputs":
+            self.link_outputs(link, g)
+            link.tie("in", 0, (1,), here=spread, there=spread // times)
+        else:
+            link.bar("its filters have one input each")
+            return
+        node = link.node
+
+        def patch(removal: Removal) -> None:
+            kept = removal.kept_of(node.input[0], 1)
+            if kept is not None and kept.any():
+                removal.edit.set_attribute(node, "group", int(kept.sum()))
+
+        link.patch(patch)
+
+    def _link_grouped(self, link: Link, g: Geometry) -> None:
+        place = self._place(link, g)
+        if place == "outputs":
+            self.link_outputs(link, g)
+            balance = Balance(link, g)
+        elif place == "inputs" and link.index == 0:
+            if link.groups.graph.weight(link.node.input[1]) is None:
+                link.bar("the weight of a grouped convolution is computed")
+                return
+            link.sink(LayerSink(self, link, g))
+            balance = Balance(link, g)
+        else:
+            link.bar("it counts the inputs of each group apart")
+            return
+        if balance.inputs is not None and balance.outputs is not None:
+            link.restrict(balance.check, "every group keeps equally many")
+            link.patch(balance.patch)
+
+
+class Balance:
+    """A grouped convolution loses whole groups, and equally much from the others."""
+
+    def __init__(self, link: Link, g: Geometry) -> None:
+        self.node, self.groups = link.node, g.groups
+        self.inputs: Slot | None = self._slot(link, "in")
+        self.outputs: Slot | None = self._slot(link, "out")
+        if self.inputs is not None and self.outputs is not None:
+            link.groups.join(self.inputs, self.outputs)
+
+    def _slot(self, link: Link, side: str) -> Slot | None:
+        if (link.side, link.index) == (side, 0):
+            return link.slot
+        return link.other("in" if side == "in" else "out", 0, (1,))
+
+    def check(self, removed: Mask) -> Ints:
+        """The atoms to hold back."""
+        assert self.inputs is not None
+        assert self.outputs is not None
+        gone_in = self.inputs.of(removed).reshape(self.groups, -1)
+        gone_out = self.outputs.of(removed).reshape(self.groups, -1)
+        whole = np.asarray(gone_in.all(axis=1) & gone_out.all(axis=1))
+        held = []
+        for slot, gone in ((self.inputs, gone_in), (self.outputs, gone_out)):
+            rest = gone[~whole]
+            most = int(rest.sum(axis=1).min()) if len(rest) else 0
+            most = min(most, gone.shape[1] - 1)
+            surplus = gone & (np.cumsum(gone, axis=1) > most) & ~whole[:, None]
+            held.append(slot.atoms[surplus.reshape(-1)])
+        return np.concatenate(held)
+
+    def patch(self, removal: Removal) -> None:
+        """Gather the inputs that each filter keeps; set the number of groups."""
+        assert self.inputs is not None
+        assert self.outputs is not None
+        kept = removal.kept(self.inputs).reshape(self.groups, -1)
+        outputs = removal.kept(self.outputs).reshape(self.groups, -1)
+        lives = kept.any(axis=1)
+        columns = np.stack([np.flatnonzero(row) for row in kept[lives]])
+        group = np.repeat(np.arange(int(lives.sum())), outputs[lives].sum(axis=1))
+
+        def change(array: Array) -> Array:  # its outputs are sliced already
+            index = columns[group].reshape(len(group), -1, *[1] * (array.ndim - 2))
+            return np.take_along_axis(array, index, axis=1)
+
+        if not kept.all():
+            removal.change(self.node, 1, change)
+        if not lives.all():
+            removal.edit.set_attribute(self.node, "group", int(lives.sum()))
+
+
+class ConvTranspose(Layer):
+    """Weight [in, out / group, ...]; a constant input is not constant after it."""
+
+    layer_axis = 1
+
+    def geometry(self, a: Analysis, node: NodeProto) -> Geometry | None:
+        """See Layer."""
+        dims = a.shape(node.input[1])
+        if dims is None or len(dims) < 3 or not a.is_constant(node.input[1]):
+            return None
+        return Geometry(1, 1, 1, 0, attributes.get(node, "group", 1), spreads=True)
+
+    def link(self, link: Link) -> None:
+        """Grouped ones stay as they are."""
+        if attributes.get(link.node, "group", 1) != 1:
+            link.bar("it is grouped")
+        else:
+            super().link(link)
+
+
+def _is_padded(node: NodeProto, kernel: Sequence[int]) -> bool:
+    """Whether a tap can fall outside of the input."""
+    if attributes.get(node, "auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER"):
+        return any(size > 1 for size in kernel)
+    return any(attributes.get(node, "pads", [0]))

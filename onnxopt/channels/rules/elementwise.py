@@ -1,0 +1,197 @@
+"""Operators that work element by element: unary, arithmetic, comparisons, choices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from onnx import NodeProto
+
+from onnxopt import attributes
+from onnxopt.channels import compute, demand
+from onnxopt.channels.demand import Demand
+from onnxopt.channels.facts import (
+    Fact,
+    Kind,
+    Kinds,
+    Mask,
+    aligned,
+    computed,
+    fact,
+    join,
+)
+from onnxopt.channels.groups import Link, Side
+from onnxopt.channels.rules.rule import Rule
+from onnxopt.weights import Array
+
+if TYPE_CHECKING:
+    from onnxopt.channels.analysis import Analysis
+
+
+class Elementwise(Rule):
+    """Operands broadcast; the result is known where all operands are."""
+
+    def forward(self, a: Analysis, node: NodeProto) -> Sequence[Fact | None]:
+        """The operator itself, on what is known of its operands."""
+        nothing: list[Fact | None] = [None] * len(node.output)
+        rank = a.rank(node.output[0])
+        names = [name for name in node.input if name]
+        if rank is None or a.graph.opset() < 7:
+            return nothing
+        variable = [name for name in names if not a.is_constant(name)]
+        if all(a.fact(name) is None for name in variable) and not self.absorbs(a, node):
+            return nothing
+        facts = [a.fact(name) if name else None for name in node.input]
+        if any(item is not None and item.kinds.ndim > rank for item in facts):
+            return nothing
+        kinds = join([a.fact(name) for name in names], rank)
+        return [self.result(a, node, facts, kinds), *nothing[1:]]
+
+    def absorbs(self, a: Analysis, node: NodeProto) -> bool:
+        """Whether one operand alone can decide the result."""
+        return False
+
+    def result(
+        self, a: Analysis, node: NodeProto, facts: Sequence[Fact | None], kinds: Kinds
+    ) -> Fact | None:
+        """The fact of the output; `kinds` is the lowest of the operands'."""
+        if not (kinds == Kind.CONST).any():
+            return fact(kinds, np.ones(kinds.shape, np.float32))
+        values = self.values(a, node, facts)
+        if values is None:
+            return fact(np.minimum(kinds, Kind.MAP), np.ones(kinds.shape, np.float32))
+        return computed(kinds, values)
+
+    def values(
+        self, a: Analysis, node: NodeProto, facts: Sequence[Fact | None]
+    ) -> Array | None:
+        """The output where the operands are known, anything elsewhere."""
+        if node.op_type in ("Div", "Mod") and not a.is_float(node.output[0]):
+            return None  # by zero, integers trap
+        inputs = [None if item is None else item.values for item in facts]
+        return compute.elementwise(a.evaluator, node, inputs, a.graph.opset())
+
+    def backward(
+        self, a: Analysis, node: NodeProto, needs: Sequence[Demand]
+    ) -> Sequence[Demand]:
+        """Of an operand, what is needed of the result."""
+        return [demand.onto(needs[0], a.shape(name)) for name in node.input]
+
+    def link(self, link: Link) -> None:
+        """Tie what broadcasts alike; an operand of size 1 serves every channel."""
+        if link.groups.graph.opset() < 7:
+            link.bar("it broadcasts by attribute")
+            return
+        if link.side == "out" and link.index > 0:
+            link.bar("it has more than one output")
+            return
+        a = link.analysis
+        total = a.rank(link.name("out", 0))
+        mine = a.rank(link.name(link.side, link.index))
+        if total is None or mine is None:
+            link.bar("its rank is not known")
+            return
+        axes = [axis + total - mine for axis in link.axes]
+        for side, index in link.ports():
+            if side == "in" or index == 0:
+                self._tie(link, side, index, axes, total)
+
+    def _tie(
+        self, link: Link, side: Side, index: int, axes: Sequence[int], total: int
+    ) -> None:
+        dims = link.analysis.shape(link.name(side, index))
+        if dims is None:
+            link.bar("its rank is not known")
+            return
+        own = [axis - (total - len(dims)) for axis in axes]
+        sizes = [dims[axis] if axis >= 0 else 1 for axis in own]
+        if all(size == 1 for size in sizes) and side == "in":
+            return
+        if any(size == 1 for size in sizes):
+            link.bar("an operand has some of its axes only")
+            return
+        link.tie(side, index, own)
+
+
+class Product(Elementwise):
+    """Mul: a zero decides, whatever the other operand is."""
+
+    drops_inputs = True
+
+    def absorbs(self, a: Analysis, node: NodeProto) -> bool:
+        """See Elementwise."""
+        facts = [a.fact(name) for name in node.input]
+        return any(item is not None and item.is_zero.any() for item in facts)
+
+    def result(
+        self, a: Analysis, node: NodeProto, facts: Sequence[Fact | None], kinds: Kinds
+    ) -> Fact | None:
+        """Zero where an operand is and none is WILD."""
+        rank, is_zero = kinds.ndim, np.zeros((), bool)
+        for item in facts:
+            if item is not None:
+                is_zero = is_zero | aligned(item.is_zero, rank)
+        made = super().result(a, node, facts, kinds)
+        known = np.where(is_zero & (kinds != Kind.WILD), Kind.CONST, Kind.DYN)
+        if not (known == Kind.CONST).any():
+            return made
+        first = next(item for item in facts if item is not None)
+        if made is None:
+            return fact(known, np.zeros(known.shape, first.values.dtype))
+        kinds = np.where(known == Kind.CONST, Kind.CONST, made.kinds)
+        values = np.where(known == Kind.CONST, 0, made.values).astype(first.values.dtype)
+        return fact(kinds, values)
+
+    def backward(
+        self, a: Analysis, node: NodeProto, needs: Sequence[Demand]
+    ) -> Sequence[Demand]:
+        """What another operand multiplies by zero is not needed."""
+        rank = a.rank(node.output[0])
+        if rank is None:
+            return [None] * len(node.input)
+        zeros = []
+        for name in node.input:
+            item = a.fact(name)
+            is_zero = np.zeros((), bool) if item is None else item.is_zero
+            zeros.append(aligned(is_zero, rank))
+        # of two zeros, the one that stands first is the one that decides
+        lives = [~zeros[1] | zeros[0], ~zeros[0]]
+        return [
+            demand.onto(_narrowed(needs[0], live), a.shape(name))
+            for live, name in zip(lives, node.input, strict=True)
+        ]
+
+
+def _narrowed(need: Demand, live: Mask) -> Demand:
+    if live.all():
+        return need
+    return live if need is None else np.asarray(need & live)
+
+
+class Dropout(Elementwise):
+    """Outside training it hands its input on; its further inputs are settings."""
+
+    def forward(self, a: Analysis, node: NodeProto) -> Sequence[Fact | None]:
+        """The input's fact, unless the node may run in training mode."""
+        others: list[Fact | None] = [None] * (len(node.output) - 1)
+        return [a.fact(node.input[0]) if is_idle(a, node) else None, *others]
+
+    def link(self, link: Link) -> None:
+        """As for a unary operator."""
+        if is_idle(link.analysis, link.node):
+            super().link(link)
+        else:
+            link.bar("it may run in training mode")
+
+
+def is_idle(a: Analysis, node: NodeProto) -> bool:
+    """Whether a Dropout is not in training mode, and its mask is not read."""
+    if any(name and a.graph.is_used(name) for name in node.output[1:]):
+        return False
+    if a.graph.opset() < 7:
+        return bool(attributes.get(node, "is_test", 0))
+    if len(node.input) < 3 or not node.input[2]:
+        return True
+    training = a.graph.array(node.input[2])
+    return training is not None and not bool(training)

@@ -1,0 +1,371 @@
+"""Operators that join and part channels: Concat, Split, Slice."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from onnx import NodeProto
+
+from onnxopt import attributes
+from onnxopt.channels import demand
+from onnxopt.channels.demand import NOTHING, Demand
+from onnxopt.channels.facts import DYNAMIC, Fact, aligned, fact
+from onnxopt.channels.groups import Link, Slot
+from onnxopt.channels.removal import Removal
+from onnxopt.channels.rules.rule import Rule
+from onnxopt.weights import Array
+
+if TYPE_CHECKING:
+    from onnxopt.channels.analysis import Analysis
+
+
+def _ends(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    stops = np.cumsum([0, *sizes]).tolist()
+    return list(itertools.pairwise(stops))
+
+
+def _axis(a: Analysis, node: NodeProto, name: str, default: int) -> int | None:
+    rank, axis = a.rank(name), attributes.get(node, "axis", default)
+    return axis % rank if rank and -rank <= axis < rank else None
+
+
+class Concat(Rule):
+    """Channels side by side; an operand of which all go is left out."""
+
+    def _parts(
+        self, a: Analysis, node: NodeProto, axis: int
+    ) -> list[tuple[int, int]] | None:
+        """Where each operand lies in the result."""
+        sizes = [a.size(name, axis) for name in node.input]
+        known = [size for size in sizes if size is not None]
+        return _ends(known) if len(known) == len(sizes) else None
+
+    def forward(self, a: Analysis, node: NodeProto) -> Sequence[Fact | None]:
+        """The operands' facts side by side."""
+        facts = [a.fact(name) for name in node.input]
+        first = next((item for item in facts if item is not None), None)
+        axis = _axis(a, node, node.output[0], 1)
+        if first is None or axis is None or (parts := self._parts(a, node, axis)) is None:
+            return [None]
+        rank = first.kinds.ndim
+        kinds = [DYNAMIC if item is None else item.kinds for item in facts]
+        values = [
+            np.ones((), first.values.dtype) if item is None else item.values
+            for item in facts
+        ]
+        return [
+            fact(_joined(kinds, parts, axis, rank), _joined(values, parts, axis, rank))
+        ]
+
+    def backward(
+        self, a: Analysis, node: NodeProto, needs: Sequence[Demand]
+    ) -> Sequence[Demand]:
+        """To each operand its part."""
+        wanted: list[Demand] = [None] * len(node.input)
+        axis, need = _axis(a, node, node.output[0], 1), needs[0]
+        if axis is None or need is None or not need.ndim:
+            return wanted
+        parts = self._parts(a, node, axis)
+        if need.shape[axis] == 1 or parts is None:
+            return [need if need.shape[axis] == 1 else None] * len(node.input)
+        return [_part(need, axis, *part) for part in parts]
+
+    def link(self, link: Link) -> None:
+        """On the axis of the Concat an operand is a part of the result."""
+        a, node = link.analysis, link.node
+        axis = _axis(a, node, node.output[0], 1)
+        parts = self._parts(a, node, axis) if axis is not None else None
+        if axis is None or parts is None:
+            link.bar("the sizes of its operands are not known")
+        elif axis not in link.axes:
+            for side, index in link.ports():
+                link.tie(side, index, link.axes)
+        elif len(link.axes) > 1:
+            link.bar("it joins along one of the axes")
+        else:
+            self._tie_parts(link, axis, parts)
+
+    def _tie_parts(self, link: Link, axis: int, parts: Sequence[tuple[int, int]]) -> None:
+        node = link.node
+        if link.side == "in":
+            start, stop = parts[link.index]
+            span = np.arange(start, stop)
+            link.tie("out", 0, (axis,), here=span - start, there=span)
+            return
+        slots: list[Slot | None] = []
+        for index, (start, stop) in enumerate(parts):
+            span = np.arange(start, stop)
+            slots.append(link.tie("in", index, (axis,), here=span, there=span - start))
+        link.patch(lambda removal: _leave_out(removal, node, slots))
+
+    def drops_operand(self, a: Analysis, node: NodeProto, slot: Slot) -> bool:
+        """Whether an operand without channels can be left out."""
+        return slot.axes == (_axis(a, node, node.output[0], 1),)
+
+
+def _leave_out(removal: Removal, node: NodeProto, slots: Sequence[Slot | None]) -> None:
+    stays = [
+        name
+        for name, slot in zip(node.input, slots, strict=True)
+        if slot is None or removal.kept(slot).any()
+    ]
+    if len(stays) < len(node.input):
+        removal.edit.set_inputs(node, stays)
+
+
+def _joined(
+    arrays: Sequence[Array], parts: Sequence[tuple[int, int]], axis: int, rank: int
+) -> Array:
+    made = [aligned(array, rank) for array in arrays]
+    shape = list(np.broadcast_shapes(*(_without(array.shape, axis) for array in made)))
+    spread = []
+    for array, (start, stop) in zip(made, parts, strict=True):
+        shape[axis] = stop - start
+        spread.append(np.broadcast_to(array, shape))
+    return np.concatenate(spread, axis)
+
+
+def _without(shape: Sequence[int], axis: int) -> tuple[int, ...]:
+    return tuple(1 if place == axis else size for place, size in enumerate(shape))
+
+
+def _part(array: Array, axis: int, start: int, stop: int) -> Array:
+    if array.shape[axis] == 1:
+        return array
+    return array[(slice(None),) * axis + (slice(start, stop),)]
+
+
+class Split(Rule):
+    """Channels apart; the sizes are written down, or become so."""
+
+    drops_inputs = True
+
+    def _parts(
+        self, a: Analysis, node: NodeProto, axis: int
+    ) -> list[tuple[int, int]] | None:
+        """Where each output lies in the input."""
+        sizes = [a.size(name, axis) if name else None for name in node.output]
+        known = [size for size in sizes if size is not None]
+        return _ends(known) if len(known) == len(sizes) else None
+
+    def forward(self, a: Analysis, node: NodeProto) -> Sequence[Fact | None]:
+        """Its part of the fact for each output."""
+        given, axis = a.fact(node.input[0]), _axis(a, node, node.input[0], 0)
+        parts = self._parts(a, node, axis) if axis is not None else None
+        if given is None or axis is None or parts is None:
+            return [None] * len(node.output)
+        return [
+            fact(_part(given.kinds, axis, *part), _part(given.values, axis, *part))
+            for part in parts
+        ]
+
+    def backward(
+        self, a: Analysis, node: NodeProto, needs: Sequence[Demand]
+    ) -> Sequence[Demand]:
+        """The outputs' demands side by side; an unread one needs nothing."""
+        wanted: list[Demand] = [None] * len(node.input)
+        axis, rank = _axis(a, node, node.input[0], 0), a.rank(node.input[0])
+        parts = self._parts(a, node, axis) if axis is not None else None
+        if axis is None or parts is None or rank is None:
+            return wanted
+        arrays = [np.ones((), bool) if need is None else need for need in needs]
+        joined = _joined(arrays, parts, axis, rank)
+        wanted[0] = demand.merge(NOTHING, joined)
+        return wanted
+
+    def link(self, link: Link) -> None:
+        """On the axis of the Split an output is a part of the input."""
+        a, node = link.analysis, link.node
+        axis = _axis(a, node, node.input[0], 0)
+        parts = self._parts(a, node, axis) if axis is not None else None
+        if axis is None or parts is None or (link.side == "in" and link.index > 0):
+            link.bar("the sizes of its parts are not known")
+        elif axis not in link.axes:
+            for side, index in link.ports():
+                if side == "out" or index == 0:
+                    link.tie(side, index, link.axes)
+        elif len(link.axes) > 1:
+            link.bar("it splits along one of the axes")
+        elif link.side == "out":
+            start, stop = parts[link.index]
+            span = np.arange(start, stop)
+            link.tie("in", 0, (axis,), here=span - start, there=span)
+        else:
+            slots = []
+            for index, (start, stop) in enumerate(parts):
+                span = np.arange(start, stop)
+                slot = link.tie("out", index, (axis,), here=span, there=span - start)
+                slots.append(slot)
+            if None not in slots:
+                link.patch(_Sizes(node, [slot for slot in slots if slot is not None]))
+
+
+class _Sizes:
+    """Writes down how many channels each part of a Split keeps."""
+
+    def __init__(self, node: NodeProto, slots: Sequence[Slot]) -> None:
+        self.node, self.slots = node, slots
+
+    def __call__(self, removal: Removal) -> None:
+        sizes = [int(removal.kept(slot).sum()) for slot in self.slots]
+        node, graph = self.node, removal.graph
+        if graph.opset() < 13:
+            removal.edit.set_attribute(node, "split", sizes)
+            return
+        if attributes.find(node, "num_outputs") is not None:
+            removal.edit.set_attribute(node, "num_outputs", None)
+        array = np.array(sizes, np.int64)
+        if len(node.input) > 1 and node.input[1]:
+            if graph.weight(node.input[1]) is None:
+                removal.edit.set_input(node, 1, removal.edit.add_weight(array, "split"))
+            else:
+                removal.change(node, 1, lambda _: array)
+        else:
+            removal.add_input(node, 1, array, f"{node.output[0]}_split")
+
+
+class Slice(Rule):
+    """A range of each axis; ranges of channels are corrected."""
+
+    drops_inputs = True
+
+    def ranges(self, a: Analysis, node: NodeProto) -> dict[int, tuple[int, int]] | None:
+        """By axis, the range that is kept of it; None where that is not known.
+
+        Axes of unknown size are in it as (0, -1): what is kept of them is not known.
+        """
+        shape = a.shape(node.input[0])
+        given = _slice_inputs(a, node)
+        if shape is None or given is None:
+            return None
+        found: dict[int, tuple[int, int]] = {}
+        for start, end, axis, step in zip(*given, strict=True):
+            axis %= len(shape)
+            size = shape[axis]
+            if step != 1:
+                return None
+            if isinstance(size, int):
+                low, high, _ = slice(start, end, 1).indices(size)
+                found[axis] = (low, max(low, high))
+            else:
+                found[axis] = (0, -1)
+        return found
+
+    def forward(self, a: Analysis, node: NodeProto) -> Sequence[Fact | None]:
+        """The range of the fact."""
+        given, ranges = a.fact(node.input[0]), self.ranges(a, node)
+        if given is None or ranges is None:
+            return [None]
+        kinds, values = given.kinds, given.values
+        for axis, (low, high) in ranges.items():
+            if kinds.shape[axis] > 1:
+                if high < 0:
+                    return [None]
+                kinds = _part(kinds, axis, low, high)
+                values = _part(values, axis, low, high)
+        return [fact(kinds, values)] if kinds.size else [None]
+
+    def backward(
+        self, a: Analysis, node: NodeProto, needs: Sequence[Demand]
+    ) -> Sequence[Demand]:
+        """Nothing outside of the range."""
+        wanted: list[Demand] = [None] * len(node.input)
+        ranges, rank = self.ranges(a, node), a.rank(node.input[0])
+        if ranges is None or rank is None:
+            return wanted
+        need = np.ones((), bool) if needs[0] is None else needs[0]
+        need = aligned(need, rank)
+        for axis, (low, high) in ranges.items():
+            size = a.size(node.input[0], axis)
+            if size is None:
+                continue
+            shape = list(need.shape)
+            shape[axis] = size
+            whole = np.zeros(shape, bool)
+            whole[(slice(None),) * axis + (slice(low, high),)] = need
+            need = whole
+        wanted[0] = demand.merge(NOTHING, need)
+        return wanted
+
+    def link(self, link: Link) -> None:
+        """Outside of its range an index has no counterpart."""
+        a, node = link.analysis, link.node
+        ranges = self.ranges(a, node)
+        if ranges is None or (link.side == "in" and link.index > 0):
+            link.bar("its range is not known")
+            return
+        side = link.opposite
+        hit = [axis for axis in link.axes if axis in ranges]
+        if not hit:
+            link.tie(side, 0, link.axes)
+        elif len(link.axes) > 1:
+            link.bar("it cuts one of the axes")
+        else:
+            low, high = ranges[hit[0]]
+            span = np.arange(low, high)
+            if link.side == "in":
+                link.tie("out", 0, link.axes, here=span, there=span - low)
+                link.patch(_Range(node, link.slot, low, high), hit[0])
+            else:
+                link.tie("in", 0, link.axes, here=span - low, there=span)
+
+
+def _slice_inputs(
+    a: Analysis, node: NodeProto
+) -> tuple[list[int], list[int], list[int], list[int]] | None:
+    """Starts, ends, axes and steps; None where they are computed."""
+    if a.graph.opset() < 10:
+        starts, ends = attributes.get(node, "starts"), attributes.get(node, "ends")
+        axes = attributes.get(node, "axes") or list(range(len(starts)))
+        return starts, ends, axes, [1] * len(starts)
+    found: list[list[int] | None] = [None] * 4
+    for index, name in enumerate(node.input[1:]):
+        if name:
+            array = a.array(name)
+            if array is None:
+                return None
+            found[index] = [int(item) for item in array.reshape(-1).tolist()]
+    starts, ends = found[0] or [], found[1] or []
+    axes = found[2] if found[2] is not None else list(range(len(starts)))
+    steps = found[3] if found[3] is not None else [1] * len(starts)
+    return starts, ends, axes, steps
+
+
+class _Range:
+    """Corrects where a Slice of channels starts and ends."""
+
+    def __init__(self, node: NodeProto, slot: Slot, low: int, high: int) -> None:
+        self.node, self.slot, self.low, self.high = node, slot, low, high
+
+    def __call__(self, removal: Removal) -> None:
+        kept = removal.kept(self.slot)
+        start = int(kept[: self.low].sum())
+        end = start + int(kept[self.low : self.high].sum())
+        graph, node = removal.graph, self.node
+        given = _slice_inputs(removal.groups.analysis, node)
+        assert given is not None
+        rank = len(graph.shape(node.input[0]) or ())
+        place = [axis % rank for axis in given[2]].index(self.slot.axes[0])
+        for index, value in ((1, start), (2, end)):
+            if graph.opset() < 10:
+                name = "starts" if index == 1 else "ends"
+                values = list(attributes.get(node, name))
+                values[place] = value
+                removal.edit.set_attribute(node, name, values)
+            else:
+                removal.change(node, index, _Put(place, value))
+
+
+class _Put:
+    """Puts a value into a vector."""
+
+    def __init__(self, place: int, value: int) -> None:
+        self.place, self.value = place, value
+
+    def __call__(self, array: Array) -> Array:
+        made = array.copy()
+        made.reshape(-1)[self.place] = self.value
+        return made

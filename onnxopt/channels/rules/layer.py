@@ -1,0 +1,450 @@
+"""What Conv, ConvTranspose, Gemm and MatMul share: a constant weight that mixes channels.
+
+The weight is seen as a matrix [groups, outputs, inputs, taps], whatever its layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import NodeProto
+
+from onnxopt.channels import demand
+from onnxopt.channels.demand import Demand
+from onnxopt.channels.facts import Fact, Kind, Mask, computed
+from onnxopt.channels.groups import Link, Side, Sink, Slot
+from onnxopt.channels.removal import CannotRemove, Removal
+from onnxopt.channels.rules.rule import Rule
+from onnxopt.inspection import zeros
+from onnxopt.weights import Array, tensor_bytes
+
+if TYPE_CHECKING:
+    from onnxopt.channels.analysis import Analysis
+
+Floats = npt.NDArray[np.float64]
+
+STREAMED_FROM = 1 << 16
+"""Weights of this size (bytes) are first streamed in search of zero channels."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a layer treats its weight.
+
+    `data` is the axis of input 0 that holds its input channels, `result` the axis of
+    its output; `outputs` and `inputs` are axes of the weight, input 1. `scale` is what
+    it multiplies the product by; `bias_scale` the bias. `spreads`: whether what a
+    constant channel adds differs over space.
+    """
+
+    data: int
+    result: int
+    outputs: int
+    inputs: int
+    groups: int = 1
+    scale: float = 1.0
+    bias_scale: float = 1.0
+    spreads: bool = False
+
+
+class Layer(Rule):
+    """A weight of known layout; subclasses say which, and where the bias is."""
+
+    drops_inputs = True
+    bias_slot: int | None = 2
+
+    def geometry(self, a: Analysis, node: NodeProto) -> Geometry | None:
+        """None where the layer is not one of a constant weight."""
+        raise NotImplementedError
+
+    # ---- the weight ----
+
+    def matrix(self, a: Analysis, node: NodeProto, g: Geometry) -> Array | None:
+        """The weight as [groups, outputs, inputs, taps] in its own dtype."""
+        weight = a.array(node.input[1])
+        if weight is None or weight.ndim < 2:
+            return None
+        moved = np.moveaxis(weight, (g.outputs, g.inputs), (0, 1))
+        whole = moved.reshape(*moved.shape[:2], -1)
+        rows, columns, taps = whole.shape
+        if g.outputs < g.inputs or g.groups == 1:  # outputs run group by group
+            return whole.reshape(g.groups, rows // g.groups, columns, taps)
+        grouped = whole.reshape(rows, g.groups, columns // g.groups, taps)
+        return grouped.transpose(1, 0, 2, 3)
+
+    def _is_dense(self, a: Analysis, node: NodeProto, g: Geometry) -> bool:
+        """Whether a large weight has no zero channel either way, found by streaming."""
+        key = (node.input[1], g)
+        if key not in a.dense:
+            a.dense[key] = self._streams_dense(a, node, g)
+        return a.dense[key]
+
+    def _streams_dense(self, a: Analysis, node: NodeProto, g: Geometry) -> bool:
+        tensor = a.graph.weight(node.input[1])
+        if tensor is None or tensor_bytes(tensor) < STREAMED_FROM or g.groups > 1:
+            return False
+        rank = len(tensor.dims)
+        axes = (g.outputs % rank, g.inputs % rank)
+        found = zeros.count(a.graph.model.weights, tensor, axes)
+        return found is not None and not any(
+            mask.any() for mask in found.channels.values()
+        )
+
+    def taps(self, a: Analysis, node: NodeProto, g: Geometry) -> Mask | None:
+        """[groups, outputs, inputs]: whether an output reads an input at all."""
+        matrix = self.matrix(a, node, g)
+        return None if matrix is None else np.asarray((matrix != 0).any(axis=3))
+
+    # ---- the bias ----
+
+    def bias(self, a: Analysis, node: NodeProto) -> Array | None:
+        """The bias; a zero where there is none; None where it is not constant."""
+        name = self._bias_name(node)
+        return np.zeros((), np.float32) if not name else a.array(name)
+
+    def _bias_name(self, node: NodeProto) -> str:
+        slot = self.bias_slot
+        return node.input[slot] if slot is not None and len(node.input) > slot else ""
+
+    def can_shift(self, a: Analysis, node: NodeProto, g: Geometry) -> bool:
+        """Whether a constant can be added to every output channel."""
+        name = self._bias_name(node)
+        maker = a.graph.producer(name) if name else None
+        if name and a.graph.weight(name) is None:
+            if maker is None or a.graph.op(maker) != "DequantizeLinear":
+                return False
+            if any(a.graph.weight(given) is None for given in maker.input):
+                return False
+        bias = self.bias(a, node)
+        return bias is not None and bias.size in (1, self._outputs(a, node, g))
+
+    def _outputs(self, a: Analysis, node: NodeProto, g: Geometry) -> int | None:
+        size = a.size(node.input[1], g.outputs)
+        if size is None:
+            return None
+        return size if g.outputs < g.inputs or g.groups == 1 else size * g.groups
+
+    # ---- facts ----
+
+    def forward(self, a: Analysis, node: NodeProto) -> Sequence[Fact | None]:
+        """Zero taps leave the bias; constant inputs add to it where borders do not."""
+        g = self.geometry(a, node)
+        if g is None or not a.is_float(node.output[0]):
+            return [None]
+        given, rank = a.fact(node.input[0]), a.rank(node.output[0])
+        if rank is None or (given is None and self._is_dense(a, node, g)):
+            return [None]
+        matrix, bias = self.matrix(a, node, g), self.bias(a, node)
+        if matrix is None or bias is None:
+            return [None]
+        taps = (matrix != 0).any(axis=3)
+        if given is None:
+            if taps.any(axis=2).all():
+                return [None]
+            kinds = np.where(taps.any(axis=2), Kind.DYN, Kind.CONST)
+            total = np.zeros(kinds.shape)
+        else:
+            size = taps.shape[0] * taps.shape[2]
+            channel = given.along(g.data % given.kinds.ndim, size)
+            kinds, total = _mixed(channel, matrix, taps, g)
+        outputs = kinds.size
+        values = total.reshape(-1) * g.scale + self._spread_bias(bias, outputs, g)
+        shape = [1] * rank
+        shape[g.result] = outputs
+        dtype = matrix.dtype
+        with np.errstate(over="ignore"):
+            made = values.reshape(shape).astype(dtype)
+        return [computed(kinds.reshape(shape), made)]
+
+    def _spread_bias(self, bias: Array, outputs: int, g: Geometry) -> Floats:
+        flat = bias.astype(np.float64).reshape(-1) * g.bias_scale
+        return np.asarray(np.broadcast_to(flat, (outputs,)))
+
+    # ---- demand ----
+
+    def backward(
+        self, a: Analysis, node: NodeProto, needs: Sequence[Demand]
+    ) -> Sequence[Demand]:
+        """An input is needed where a needed output has a tap on it."""
+        wanted: list[Demand] = [None] * len(node.input)
+        g, rank = self.geometry(a, node), a.rank(node.input[0])
+        if g is None or rank is None:
+            return wanted
+        if needs[0] is None and self._is_dense(a, node, g):
+            return wanted
+        taps = self.taps(a, node, g)
+        if taps is None:
+            return wanted
+        needed = demand.channels(needs[0], g.result, taps.shape[0] * taps.shape[1])
+        live = taps & needed.reshape(taps.shape[0], taps.shape[1], 1)
+        wanted[0] = demand.along(live.any(axis=1).reshape(-1), g.data % rank, rank)
+        return wanted
+
+    # ---- groups ----
+
+    def link(self, link: Link) -> None:
+        """Output channels are the weight's, input channels end here."""
+        a, node = link.analysis, link.node
+        g = self.geometry(a, node)
+        if g is None:
+            link.bar("its weight is not constant")
+            return
+        place = self._place(link, g)
+        if place is None:
+            link.bar("it mixes the positions along this axis")
+        elif place == "outputs":
+            self.link_outputs(link, g)
+        else:
+            self.link_inputs(link, g)
+
+    def _place(self, link: Link, g: Geometry) -> str | None:
+        if len(link.axes) != 1:
+            return None
+        rank = link.analysis.rank(link.name(link.side, link.index)) or 0
+        axis = link.axes[0]
+        match link.side, link.index:
+            case "out", 0:
+                return "outputs" if axis == g.result % rank else None
+            case "in", 0:
+                return "inputs" if axis == g.data % rank else None
+            case "in", 1:
+                if axis == g.outputs % rank:
+                    return "outputs"
+                return "inputs" if axis == g.inputs % rank else None
+        return "outputs" if link.index == self.bias_slot and axis == rank - 1 else None
+
+    def link_outputs(self, link: Link, g: Geometry) -> None:
+        """Tie output and weight; the bias follows, whatever it is by then."""
+        a, node = link.analysis, link.node
+        ports: list[tuple[Side, int, int]] = [
+            ("out", 0, g.result),
+            ("in", 1, g.outputs),
+        ]
+        name = self._bias_name(node)
+        if name and a.graph.weight(name) is None:
+            size, outputs = a.size(name, -1), a.size(node.output[0], g.result)
+            if size is None or size not in (1, outputs):
+                link.bar("its bias has another size")
+                return
+            if size == outputs:
+                ports.append(("in", self.bias_slot or 0, -1))
+        for side, index, axis in ports:
+            if (side, index) != (link.side, link.index):
+                rank = a.rank(link.name(side, index)) or 0
+                link.tie(side, index, (axis % rank,))
+        result = link.slot if (link.side, link.index) == ("out", 0) else None
+        if result is not None:
+            link.patch(lambda removal: self._slice_bias(removal, node, result), "bias")
+
+    def _slice_bias(self, removal: Removal, node: NodeProto, result: Slot) -> None:
+        """A bias that an earlier step of this run may have added or widened."""
+        slot, kept = self.bias_slot, removal.kept(result)
+        if slot is None or not kept.any():
+            return
+        bias = removal.peek(node, slot)
+        if bias is not None and bias.ndim and bias.shape[-1] == len(kept) > 1:
+            removal.change(node, slot, lambda array: np.compress(kept, array, -1))
+
+    def link_inputs(self, link: Link, g: Geometry) -> None:
+        """Tie input and weight, and let the layer say what it can do without."""
+        a = link.analysis
+        if link.side == "in" and link.index == 1:
+            rank = a.rank(link.node.input[0]) or 0
+            link.tie("in", 0, (g.data % rank,))
+            return
+        rank = a.rank(link.node.input[1]) or 0
+        if link.tie("in", 1, (g.inputs % rank,)) is not None:
+            link.sink(LayerSink(self, link, g))
+
+    # ---- making up for constants ----
+
+    def shift(self, removal: Removal, node: NodeProto, g: Geometry, by: Floats) -> None:
+        """Add `by` [outputs] to the layer's output."""
+        slot, a = self.bias_slot, removal.groups.analysis
+        name = self._bias_name(node)
+        if slot is None:
+            raise CannotRemove("the layer has no bias")
+        dtype = _float_type(a, node)
+        if not name:
+            _check_fits(by, dtype)
+            removal.add_input(node, slot, by.astype(dtype), f"{node.input[1]}_bias")
+            return
+        maker = removal.graph.producer(name)
+        if maker is not None and removal.graph.op(maker) == "DequantizeLinear":
+            _shift_codes(removal, maker, by / g.bias_scale)
+            return
+
+        def change(array: Array) -> Array:
+            with np.errstate(over="ignore"):
+                moved = array.astype(np.float64) + by / g.bias_scale
+            _check_fits(moved, array.dtype)
+            return np.asarray(moved.astype(array.dtype))
+
+        removal.change(node, slot, change)
+
+
+class LayerSink(Sink):
+    """The input channels of a layer.
+
+    Zero ones go, and those that no needed output reads. Constant ones go into the bias;
+    where they meet a border, they are collected in one constant channel that stays:
+    conv(c, w) = conv(k, w c / k), exactly, whatever the padding.
+    """
+
+    def __init__(self, layer: Layer, link: Link, g: Geometry) -> None:
+        a, node, slot = link.analysis, link.node, link.slot
+        self.layer, self.geometry, self.slot, self.node = layer, g, slot, node
+        given = a.fact(node.input[0])
+        size = slot.size
+        self.free = np.zeros(size, bool)
+        self.constant = np.zeros(size, bool)
+        self.values = np.zeros(size)
+        if given is not None:
+            channel = given.along(slot.axes[0], size)
+            is_const = channel.is_const.reshape(-1)
+            self.values = np.where(is_const, channel.values.reshape(-1), 0).astype(float)
+            self.free = is_const & (self.values == 0)
+            self.needs_carrier = g.spreads
+            if self._can_compensate(a):
+                self.constant = is_const
+            wild = channel.is_wild.reshape(-1)
+        else:
+            wild = np.zeros(size, bool)
+        if not layer._is_dense(a, node, g) or a.demand(node.output[0]) is not None:
+            self.free = self.free | (self._unread(a) & ~wild)
+
+    def _can_compensate(self, a: Analysis) -> bool:
+        if not a.is_float(self.node.output[0]):
+            return False
+        if self.geometry.spreads:
+            plain = a.graph.weight(self.node.input[1]) is not None
+            return plain and self.geometry.groups == 1
+        return self.layer.can_shift(a, self.node, self.geometry)
+
+    def _unread(self, a: Analysis) -> Mask:
+        """Inputs on which no output that is needed has a tap."""
+        taps = self.layer.taps(a, self.node, self.geometry)
+        if taps is None:
+            return np.zeros(self.slot.size, bool)
+        needed = demand.channels(
+            a.demand(self.node.output[0]),
+            self.geometry.result,
+            taps.shape[0] * taps.shape[1],
+        )
+        live = taps & needed.reshape(taps.shape[0], taps.shape[1], 1)
+        return np.asarray(~live.any(axis=1).reshape(-1))
+
+    def compensate(self, removal: Removal, removed: Mask) -> None:
+        """Put what the constants among `removed` add into the bias, or on a carrier."""
+        constants = np.flatnonzero(removed & self.constant & (self.values != 0))
+        if not len(constants):
+            return
+        if self.geometry.spreads:
+            self._carry(removal, constants, removed)
+        else:
+            self._shift(removal, constants)
+
+    def _shift(self, removal: Removal, constants: npt.NDArray[np.int64]) -> None:
+        g, a = self.geometry, removal.groups.analysis
+        matrix = self._current(removal, a)
+        groups, outputs, inputs, _ = matrix.shape
+        values = np.zeros(self.slot.size)
+        values[constants] = self.values[constants]
+        with np.errstate(all="ignore"):
+            sums = matrix.sum(axis=3, dtype=np.float64)
+            by = np.einsum("goi,gi->go", sums, values.reshape(groups, inputs))
+        by = by.reshape(groups * outputs) * g.scale
+        if not np.isfinite(by).all():
+            raise CannotRemove("what a constant channel adds is not finite")
+        if by.any():
+            self.layer.shift(removal, self.node, g, by)
+
+    def _current(self, removal: Removal, a: Analysis) -> Array:
+        """The weight as edits have left it: of its output channels some may be gone."""
+        a.array.cache_clear()
+        matrix = self.layer.matrix(a, self.node, self.geometry)
+        assert matrix is not None
+        return matrix
+
+    def _carry(
+        self, removal: Removal, constants: npt.NDArray[np.int64], removed: Mask
+    ) -> None:
+        """Let one constant channel that stays do the work of those that go."""
+        able = np.flatnonzero(~removed & self.constant & (self.values != 0))
+        if not len(able):
+            return  # the outputs that read them are not needed
+        carrier = int(able[np.abs(self.values[able]).argmax()])
+        ratios = self.values[constants] / self.values[carrier]
+        axis = self.geometry.inputs
+
+        def change(array: Array) -> Array:
+            wide = np.moveaxis(array, axis, 0)
+            moved = np.array(wide[carrier], np.float64)
+            for index, ratio in zip(constants, ratios, strict=True):
+                moved += wide[index].astype(np.float64) * ratio
+            _check_fits(moved, array.dtype)
+            made = wide.copy()
+            made[carrier] = moved.astype(array.dtype)
+            return np.moveaxis(made, 0, axis)
+
+        removal.change(self.node, 1, change)
+
+
+def _mixed(
+    channel: Fact, matrix: Array, taps: Mask, g: Geometry
+) -> tuple[npt.NDArray[Any], Floats]:
+    """Kind of each output [groups, outputs], and what the constant inputs add to it."""
+    groups, outputs, inputs = taps.shape
+    kinds = channel.kinds.reshape(groups, 1, inputs)
+    is_zero = channel.is_zero.reshape(groups, 1, inputs)
+    seen = np.where(taps & ~is_zero, kinds, Kind.CONST)
+    if g.spreads:
+        is_moved = taps & ~is_zero & (kinds == Kind.CONST)
+        seen = np.where(is_moved, Kind.MAP, seen)
+    lowest = seen.min(axis=2)
+    is_wild = (kinds == Kind.WILD).any(axis=2)  # even a zero does not silence it
+    lowest = np.where(is_wild, Kind.WILD, lowest)
+    constants = np.where(kinds == Kind.CONST, channel.values.reshape(kinds.shape), 0)
+    total = np.zeros((groups, outputs))
+    if constants.any():
+        with np.errstate(all="ignore"):
+            sums = np.where(is_zero, 0, matrix.sum(axis=3, dtype=np.float64))
+            total = np.einsum("goi,gi->go", sums, constants[:, 0].astype(np.float64))
+    return lowest, total
+
+
+def _float_type(a: Analysis, node: NodeProto) -> Any:
+    weight = a.array(node.input[1])
+    assert weight is not None
+    return weight.dtype
+
+
+def _check_fits(array: Array, dtype: Any) -> None:
+    with np.errstate(over="ignore"):
+        rounded = array.astype(dtype).astype(np.float64)
+    if not np.isfinite(rounded).all():
+        raise CannotRemove(f"what a constant channel adds does not fit into {dtype}")
+
+
+def _shift_codes(removal: Removal, maker: NodeProto, by: Floats) -> None:
+    """Add to a quantized bias: exact, since its scale is input scale x weight scale."""
+    scale = removal.graph.array(maker.input[1])
+    if scale is None or removal.graph.array(maker.input[0]) is None:
+        raise CannotRemove("its bias is not a constant")
+    codes = np.rint(by / scale.astype(np.float64))
+
+    def change(array: Array) -> Array:
+        moved = array.astype(np.float64) + codes
+        limits = np.iinfo(array.dtype)
+        if moved.min() < limits.min or moved.max() > limits.max:
+            raise CannotRemove(f"the bias does not fit into {array.dtype}")
+        return np.asarray(moved.astype(array.dtype))
+
+    removal.change(maker, 0, change)
+
+
+__all__ = ["Geometry", "Layer", "LayerSink", "Slot"]

@@ -1,0 +1,1 @@
+"""Passes that take out what contributes nothing, or a constant."""
