@@ -181,6 +181,8 @@ def inspection(source: str, found: Inspection, verbose: int) -> Iterator[Block]:
     yield ""
     yield from _zeros(found, verbose)
     yield ""
+    yield from _dead(found, verbose)
+    yield ""
     yield from _quantization(found, verbose)
     for key, value in found.metadata.items() if verbose else ():
         yield f"metadata {key}: {value}"
@@ -249,6 +251,24 @@ def _zeros(found: Inspection, verbose: int) -> Iterator[Block]:
         )
     yield table
     yield from _more(len(empty), verbose, "layers")
+
+
+def _dead(found: Inspection, verbose: int) -> Iterator[Block]:
+    if not found.dead:
+        yield "no layer has a dead channel"
+        return
+    titles = ("layer", "operator", "channels", "zero", "constant", "unused", "can go")
+    table = Table(titles, left=2)
+    shown = found.dead if verbose else found.dead[:_SHOWN]
+    for item in shown:
+        counts = (item.channels, item.zero, item.constant, item.unused, item.removable)
+        table.add(item.node, item.op, *map(str, counts))
+    yield "channels that make no difference to the outputs:"
+    yield table
+    yield from _more(len(found.dead), verbose, "layers")
+    for item in shown:
+        for reason, count in item.kept_by.items():
+            yield f"  {item.node}: {count} stay: {reason}"
 
 
 def _part(some: int | None, whole: int | None) -> str:

@@ -1,4 +1,4 @@
-"""What a model holds: operators, sizes, zeros, quantization."""
+"""What a model holds: operators, sizes, zeros, dead channels, quantization."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model holds: operators, sizes, zeros, quantization; read, never run.
+"""What a model holds: operators, sizes, zeros, dead channels, quantization.
 
 Weights are streamed one after the other, so a model of any size can be looked at.
 """
@@ -19,6 +19,7 @@ from onnxopt._version import __version__
 from onnxopt.data.inputs import dims_of
 from onnxopt.graph import GraphView
 from onnxopt.inspection import zeros
+from onnxopt.inspection.dead import DeadChannels, dead_channels
 from onnxopt.inspection.layers import Layer, layer
 from onnxopt.inspection.quantization import Quantization, dtype_name, quantization
 from onnxopt.model import Model, Source
@@ -111,6 +112,7 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     sparsity: Sparsity
     weights: list[Weight]
     channels: list[Channels]
+    dead: list[DeadChannels]
     quantization: Quantization
     notes: list[str]
 
@@ -156,6 +158,7 @@ def _inspect(model: Model, source: Source) -> Inspection:
         sparsity=found.sparsity(),
         weights=found.weights,
         channels=found.channels,
+        dead=dead_channels(model),
         quantization=quantization(model),
         notes=list(model.notes),
     )
@@ -313,4 +316,13 @@ def _axis(
     return size, int(found.channels[axis].sum())
 
 
-__all__ = ["Channels", "Inspection", "Sparsity", "Storage", "Value", "Weight", "inspect"]
+__all__ = [
+    "Channels",
+    "DeadChannels",
+    "Inspection",
+    "Sparsity",
+    "Storage",
+    "Value",
+    "Weight",
+    "inspect",
+]
