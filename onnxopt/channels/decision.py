@@ -60,6 +60,9 @@ class Decision:
             (lambda removed: self._carriers(removed), _CARRIER),
             *self.groups.restrictions,
         ]
+        for sink in self.groups.sinks:
+            if not sink.needs_carrier:
+                checks.append((_held(sink), _CARRIER))
         for slot in self.groups.slots.values():
             if len(slot.axes) > 1:
                 checks.append((_blocks(slot), f"{slot.name!r} loses whole blocks only"))
@@ -110,6 +113,10 @@ class Decision:
             return starts[np.flatnonzero(gone)[:1]]
 
         return check
+
+
+def _held(sink: Sink) -> Callable[[Mask], Ints]:
+    return lambda removed: sink.to_hold(sink.slot.of(removed))
 
 
 def _to_carry(sink: Sink, removed: Mask) -> Mask:

@@ -72,6 +72,10 @@ class Sink:
     values: npt.NDArray[np.float64]
     needs_carrier = False
 
+    def to_hold(self, removed: Mask) -> Ints:
+        """Atoms (of all) that have to stay if `removed` [atoms] were to go."""
+        return np.zeros(0, np.int64)
+
     def compensate(self, removal: Removal, removed: Mask) -> None:
         """Let the node do without the atoms `removed` [atoms], before they go."""
         raise NotImplementedError

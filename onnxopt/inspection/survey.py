@@ -14,11 +14,10 @@ import msgspec
 import numpy as np
 from onnx import TensorProto, TypeProto, ValueInfoProto
 
-from onnxopt import cost
+from onnxopt import cost, zeros
 from onnxopt._version import __version__
 from onnxopt.data.inputs import dims_of
 from onnxopt.graph import GraphView
-from onnxopt.inspection import zeros
 from onnxopt.inspection.dead import DeadChannels, dead_channels
 from onnxopt.inspection.layers import Layer, layer
 from onnxopt.inspection.quantization import Quantization, dtype_name, quantization

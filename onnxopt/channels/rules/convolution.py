@@ -12,6 +12,7 @@ from onnxopt import attributes
 from onnxopt.channels.facts import Mask
 from onnxopt.channels.groups import Ints, Link, Slot
 from onnxopt.channels.removal import Removal
+from onnxopt.channels.rules.integer_sink import integer_sink
 from onnxopt.channels.rules.layer import Geometry, Layer, LayerSink
 from onnxopt.weights import Array
 
@@ -45,6 +46,11 @@ class Conv(Layer):
                 self._link_grouped(link, g)
         else:
             super().link(link)
+
+    def sink(self, a: Analysis, link: Link, g: Geometry) -> LayerSink:
+        """Integers with padding have a sink of their own."""
+        found = integer_sink(self, a, link, g) if g.spreads else None
+        return found or super().sink(a, link, g)
 
     def _link_depthwise(self, link: Link, g: Geometry) -> None:
         """Input i makes the outputs i * m to i * m + m - 1."""

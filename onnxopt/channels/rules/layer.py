@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto
 
+from onnxopt import zeros
 from onnxopt.channels import demand
 from onnxopt.channels.demand import Demand
 from onnxopt.channels.facts import Fact, Kind, Mask, computed
 from onnxopt.channels.groups import Link, Side, Sink, Slot
 from onnxopt.channels.removal import CannotRemove, Removal
 from onnxopt.channels.rules.rule import Rule
-from onnxopt.inspection import zeros
 from onnxopt.weights import Array, tensor_bytes
 
 if TYPE_CHECKING:
@@ -258,7 +258,11 @@ class Layer(Rule):
             return
         rank = a.rank(link.node.input[1]) or 0
         if link.tie("in", 1, (g.inputs % rank,)) is not None:
-            link.sink(LayerSink(self, link, g))
+            link.sink(self.sink(a, link, g))
+
+    def sink(self, a: Analysis, link: Link, g: Geometry) -> LayerSink:
+        """What the layer can do without."""
+        return LayerSink(self, link, g)
 
     # ---- making up for constants ----
 
