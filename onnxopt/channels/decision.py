@@ -83,7 +83,7 @@ class Decision:
             for sink in self.groups.sinks
             if sink.needs_carrier
             for eligible in [_to_carry(sink, removed)]
-            if eligible.any()
+            if eligible.any() and not sink.prefers_map(sink.slot.of(removed))
         ]
         score = np.zeros(len(self._labels), np.int64)
         for sink, eligible in wanting:

@@ -72,6 +72,10 @@ class Sink:
     values: npt.NDArray[np.float64]
     needs_carrier = False
 
+    def prefers_map(self, removed: Mask) -> bool:
+        """Whether it would rather do without a carrier, if `removed` [atoms] go."""
+        return False
+
     def to_hold(self, removed: Mask) -> Ints:
         """Atoms (of all) that have to stay if `removed` [atoms] were to go."""
         return np.zeros(0, np.int64)
@@ -108,7 +112,8 @@ class Groups:
         self.sinks: list[Sink] = []
         self.restrictions: list[tuple[Restriction, str]] = []
         self.size = 0
-        self.shifts: dict[int, str] = {}  # node -> constant that is added after it
+        # layer -> the constant that was added behind it, and its axis of channels
+        self.shifts: dict[int, tuple[str, int]] = {}
         self._ties: list[tuple[Ints, Ints]] = []
         self._joins: list[tuple[Slot, Slot]] = []
         self._patches: dict[Key, tuple[Slot, Patch]] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from onnx import NodeProto
@@ -62,7 +63,7 @@ class Removal:
         self.edit = Edit(self.graph, subject)
         self._changes: dict[tuple[int, int], tuple[NodeProto, list[Change]]] = {}
         self._added: dict[tuple[int, int], tuple[Array, str]] = {}
-        self._shifts: dict[int, tuple[NodeProto, Array]] = {}
+        self._shifts: dict[int, tuple[NodeProto, Array, int]] = {}
 
     # ---- for rules ----
 
@@ -97,18 +98,25 @@ class Removal:
             array = self._changed(node, index, array)
         return array
 
-    def shift_after(self, node: NodeProto, by: Array) -> None:
-        """Add `by` to the output of `node`, which has no bias: along the last axis."""
-        self._shifts[id(node)] = node, by
+    def shift_after(
+        self, node: NodeProto, by: Array, axis: int, anchor: NodeProto | None = None
+    ) -> None:
+        """Add `by` to what `node` makes: right behind it, or behind `anchor`.
+
+        Its channels lie along `axis` of `by`.
+        """
+        self._shifts[id(node)] = anchor or node, by, axis
 
     def slice_after(self, node: NodeProto, kept: Mask) -> None:
-        """Slice what was added after `node`, in this edit or in an earlier one."""
+        """Slice what was added to what `node` makes, in this edit or an earlier one."""
         if id(node) in self._shifts:
-            self._shifts[id(node)] = node, self._shifts[id(node)][1][..., kept]
-        name = self.groups.shifts.get(id(node))
-        array = self.graph.array(name) if name is not None else None
-        if name is not None and array is not None:
-            self.edit.set_weight(name, array[..., kept])
+            anchor, by, axis = self._shifts[id(node)]
+            self._shifts[id(node)] = anchor, np.compress(kept, by, axis), axis
+        elif id(node) in self.groups.shifts:
+            name, axis = self.groups.shifts[id(node)]
+            array = self.graph.array(name)
+            if array is not None:
+                self.edit.set_weight(name, np.compress(kept, array, axis))
 
     # ---- building ----
 
@@ -181,16 +189,17 @@ class Removal:
                 by_name.setdefault(node.input[index], []).append((node, index))
         for name, readers in by_name.items():
             self._write_constant(name, readers)
-        for node, by in self._shifts.values():
-            self._insert_shift(node, by)
+        for key, (anchor, by, axis) in self._shifts.items():
+            self.groups.shifts[key] = self._insert_shift(anchor, by), axis
 
-    def _insert_shift(self, node: NodeProto, by: Array) -> None:
-        name = node.output[0]
-        bias = self.edit.add_weight(by, f"{name}_bias")
+    def _insert_shift(self, anchor: NodeProto, by: Array) -> str:
+        """Let all that read the output of `anchor` read it with `by` added."""
+        name = anchor.output[0]
+        bias = self.edit.add_weight(by, f"{name}_shift")
         (shifted,) = self.edit.insert("Add", [name, bias], [self.graph.fresh(name)])
         for use in self.graph.uses(name):
             self.edit.set_input(use.node, use.index, shifted)
-        self.groups.shifts[id(node)] = bias
+        return bias
 
     def _changed(self, node: NodeProto, index: int, array: Array) -> Array:
         for change in self._changes[id(node), index][1]:
@@ -215,6 +224,14 @@ class Removal:
                 known = self.edit.add_weight(value, name)
                 done.append((value, known))
             self.edit.set_input(node, index, known)
+
+
+def check_fits(array: Array, dtype: Any) -> None:
+    """Raise CannotRemove where rounding to `dtype` would overflow."""
+    with np.errstate(over="ignore"):
+        rounded = array.astype(dtype).astype(np.float64)
+    if not np.isfinite(rounded).all():
+        raise CannotRemove(f"what a constant channel adds does not fit into {dtype}")
 
 
 def _same(one: Array, two: Array) -> bool:

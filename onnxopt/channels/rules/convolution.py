@@ -13,7 +13,8 @@ from onnxopt.channels.facts import Mask
 from onnxopt.channels.groups import Ints, Link, Slot
 from onnxopt.channels.removal import Removal
 from onnxopt.channels.rules.integer_sink import integer_sink
-from onnxopt.channels.rules.layer import Geometry, Layer, LayerSink
+from onnxopt.channels.rules.layer import Geometry, Layer
+from onnxopt.channels.rules.sinks import LayerSink
 from onnxopt.weights import Array
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Conv(Layer):
             if link.groups.graph.weight(link.node.input[1]) is None:
                 link.bar("the weight of a grouped convolution is computed")
                 return
-            link.sink(LayerSink(self, link, g))
+            link.sink(self.sink(link.analysis, link, g))
             balance = Balance(link, g)
         else:
             link.bar("it counts the inputs of each group apart")

@@ -17,9 +17,10 @@ from onnxopt import zeros
 from onnxopt.channels import demand
 from onnxopt.channels.demand import Demand
 from onnxopt.channels.facts import Fact, Kind, Mask, computed
-from onnxopt.channels.groups import Link, Side, Sink, Slot
-from onnxopt.channels.removal import CannotRemove, Removal
+from onnxopt.channels.groups import Link, Side, Slot
+from onnxopt.channels.removal import CannotRemove, Removal, check_fits
 from onnxopt.channels.rules.rule import Rule
+from onnxopt.channels.rules.sinks import BorderSink, LayerSink
 from onnxopt.weights import Array, tensor_bytes
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Layer(Rule):
         grouped = whole.reshape(rows, g.groups, columns // g.groups, taps)
         return grouped.transpose(1, 0, 2, 3)
 
-    def _is_dense(self, a: Analysis, node: NodeProto, g: Geometry) -> bool:
+    def is_dense(self, a: Analysis, node: NodeProto, g: Geometry) -> bool:
         """Whether a large weight has no zero channel either way, found by streaming."""
         key = (node.input[1], g)
         if key not in a.dense:
@@ -136,7 +137,7 @@ class Layer(Rule):
         if g is None or not a.is_float(node.output[0]):
             return [None]
         given, rank = a.fact(node.input[0]), a.rank(node.output[0])
-        if rank is None or (given is None and self._is_dense(a, node, g)):
+        if rank is None or (given is None and self.is_dense(a, node, g)):
             return [None]
         matrix, bias = self.matrix(a, node, g), self.bias(a, node)
         if matrix is None or bias is None:
@@ -174,7 +175,7 @@ class Layer(Rule):
         g, rank = self.geometry(a, node), a.rank(node.input[0])
         if g is None or rank is None:
             return wanted
-        if needs[0] is None and self._is_dense(a, node, g):
+        if needs[0] is None and self.is_dense(a, node, g):
             return wanted
         taps = self.taps(a, node, g)
         if taps is None:
@@ -239,6 +240,7 @@ class Layer(Rule):
         result = link.slot if (link.side, link.index) == ("out", 0) else None
         if result is not None:
             link.patch(lambda removal: self._slice_bias(removal, node, result), "bias")
+            link.patch(lambda r: r.slice_after(node, r.kept(result)), "after")
 
     def _slice_bias(self, removal: Removal, node: NodeProto, result: Slot) -> None:
         """A bias that an earlier step of this run may have added or widened."""
@@ -262,7 +264,7 @@ class Layer(Rule):
 
     def sink(self, a: Analysis, link: Link, g: Geometry) -> LayerSink:
         """What the layer can do without."""
-        return LayerSink(self, link, g)
+        return BorderSink(self, link, g) if g.spreads else LayerSink(self, link, g)
 
     # ---- making up for constants ----
 
@@ -274,7 +276,7 @@ class Layer(Rule):
             raise CannotRemove("the layer has no bias")
         dtype = _float_type(a, node)
         if not name:
-            _check_fits(by, dtype)
+            check_fits(by, dtype)
             removal.add_input(node, slot, by.astype(dtype), f"{node.input[1]}_bias")
             return
         maker = removal.graph.producer(name)
@@ -285,117 +287,10 @@ class Layer(Rule):
         def change(array: Array) -> Array:
             with np.errstate(over="ignore"):
                 moved = array.astype(np.float64) + by / g.bias_scale
-            _check_fits(moved, array.dtype)
+            check_fits(moved, array.dtype)
             return np.asarray(moved.astype(array.dtype))
 
         removal.change(node, slot, change)
-
-
-class LayerSink(Sink):
-    """The input channels of a layer.
-
-    Zero ones go, and those that no needed output reads. Constant ones go into the bias;
-    where they meet a border, they are collected in one constant channel that stays:
-    conv(c, w) = conv(k, w c / k), exactly, whatever the padding.
-    """
-
-    def __init__(self, layer: Layer, link: Link, g: Geometry) -> None:
-        a, node, slot = link.analysis, link.node, link.slot
-        self.layer, self.geometry, self.slot, self.node = layer, g, slot, node
-        given = a.fact(node.input[0])
-        size = slot.size
-        self.free = np.zeros(size, bool)
-        self.constant = np.zeros(size, bool)
-        self.values = np.zeros(size)
-        if given is not None:
-            channel = given.along(slot.axes[0], size)
-            is_const = channel.is_const.reshape(-1)
-            self.values = np.where(is_const, channel.values.reshape(-1), 0).astype(float)
-            self.free = is_const & (self.values == 0)
-            self.needs_carrier = g.spreads
-            if self._can_compensate(a):
-                self.constant = is_const
-            wild = channel.is_wild.reshape(-1)
-        else:
-            wild = np.zeros(size, bool)
-        if not layer._is_dense(a, node, g) or a.demand(node.output[0]) is not None:
-            self.free = self.free | (self._unread(a) & ~wild)
-
-    def _can_compensate(self, a: Analysis) -> bool:
-        if not a.is_float(self.node.output[0]):
-            return False
-        if self.geometry.spreads:
-            plain = a.graph.weight(self.node.input[1]) is not None
-            return plain and self.geometry.groups == 1
-        return self.layer.can_shift(a, self.node, self.geometry)
-
-    def _unread(self, a: Analysis) -> Mask:
-        """Inputs on which no output that is needed has a tap."""
-        taps = self.layer.taps(a, self.node, self.geometry)
-        if taps is None:
-            return np.zeros(self.slot.size, bool)
-        needed = demand.channels(
-            a.demand(self.node.output[0]),
-            self.geometry.result,
-            taps.shape[0] * taps.shape[1],
-        )
-        live = taps & needed.reshape(taps.shape[0], taps.shape[1], 1)
-        return np.asarray(~live.any(axis=1).reshape(-1))
-
-    def compensate(self, removal: Removal, removed: Mask) -> None:
-        """Put what the constants among `removed` add into the bias, or on a carrier."""
-        constants = np.flatnonzero(removed & self.constant & (self.values != 0))
-        if not len(constants):
-            return
-        if self.geometry.spreads:
-            self._carry(removal, constants, removed)
-        else:
-            self._shift(removal, constants)
-
-    def _shift(self, removal: Removal, constants: npt.NDArray[np.int64]) -> None:
-        g, a = self.geometry, removal.groups.analysis
-        matrix = self._current(removal, a)
-        groups, outputs, inputs, _ = matrix.shape
-        values = np.zeros(self.slot.size)
-        values[constants] = self.values[constants]
-        with np.errstate(all="ignore"):
-            sums = matrix.sum(axis=3, dtype=np.float64)
-            by = np.einsum("goi,gi->go", sums, values.reshape(groups, inputs))
-        by = by.reshape(groups * outputs) * g.scale
-        if not np.isfinite(by).all():
-            raise CannotRemove("what a constant channel adds is not finite")
-        if by.any():
-            self.layer.shift(removal, self.node, g, by)
-
-    def _current(self, removal: Removal, a: Analysis) -> Array:
-        """The weight as edits have left it: of its output channels some may be gone."""
-        a.array.cache_clear()
-        matrix = self.layer.matrix(a, self.node, self.geometry)
-        assert matrix is not None
-        return matrix
-
-    def _carry(
-        self, removal: Removal, constants: npt.NDArray[np.int64], removed: Mask
-    ) -> None:
-        """Let one constant channel that stays do the work of those that go."""
-        able = np.flatnonzero(~removed & self.constant & (self.values != 0))
-        if not len(able):
-            return  # the outputs that read them are not needed
-        carrier = int(able[np.abs(self.values[able]).argmax()])
-        ratios = self.values[constants] / self.values[carrier]
-        axis = self.geometry.inputs
-
-        def change(array: Array) -> Array:
-            wide = np.moveaxis(array, axis, 0)
-            moved = np.array(wide[carrier], np.float64)
-            for index, ratio in zip(constants, ratios, strict=True):
-                moved += wide[index].astype(np.float64) * ratio
-            _check_fits(moved, array.dtype)
-            made = wide.copy()
-            made[carrier] = moved.astype(array.dtype)
-            return np.moveaxis(made, 0, axis)
-
-        removal.change(self.node, 1, change)
 
 
 def _mixed(
@@ -427,13 +322,6 @@ def _float_type(a: Analysis, node: NodeProto) -> Any:
     return weight.dtype
 
 
-def _check_fits(array: Array, dtype: Any) -> None:
-    with np.errstate(over="ignore"):
-        rounded = array.astype(dtype).astype(np.float64)
-    if not np.isfinite(rounded).all():
-        raise CannotRemove(f"what a constant channel adds does not fit into {dtype}")
-
-
 def _shift_codes(removal: Removal, maker: NodeProto, by: Floats) -> None:
     """Add to a quantized bias: exact, since its scale is input scale x weight scale."""
     scale = removal.graph.array(maker.input[1])
@@ -449,6 +337,3 @@ def _shift_codes(removal: Removal, maker: NodeProto, by: Floats) -> None:
         return np.asarray(moved.astype(array.dtype))
 
     removal.change(maker, 0, change)
-
-
-__all__ = ["Geometry", "Layer", "LayerSink", "Slot"]

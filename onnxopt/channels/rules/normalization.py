@@ -31,7 +31,7 @@ class BatchNormalization(Rule):
     def forward(self, a: Analysis, node: NodeProto) -> Sequence[Fact | None]:
         """A scale of zero leaves the shift, whatever comes in."""
         nothing: list[Fact | None] = [None] * len(node.output)
-        rank, found = a.rank(node.output[0]), _scale_and_shift(a, node)
+        rank, found = a.rank(node.output[0]), scale_and_shift(a, node)
         if rank is None or rank < 2 or found is None:
             return nothing
         scale, shift, dtype = found
@@ -58,7 +58,7 @@ class BatchNormalization(Rule):
     ) -> Sequence[Demand]:
         """Where the scale is zero, the input is not needed."""
         wanted: list[Demand] = [None] * len(node.input)
-        found, rank = _scale_and_shift(a, node), a.rank(node.input[0])
+        found, rank = scale_and_shift(a, node), a.rank(node.input[0])
         if found is None or rank is None or rank < 2:
             return wanted
         need, scale = needs[0], found[0]
@@ -98,7 +98,7 @@ def is_training(a: Analysis, node: NodeProto) -> bool:
     return opset < 9 and not attributes.get(node, "spatial", 1)
 
 
-def _scale_and_shift(a: Analysis, node: NodeProto) -> tuple[Floats, Floats, Any] | None:
+def scale_and_shift(a: Analysis, node: NodeProto) -> tuple[Floats, Floats, Any] | None:
     """y = scale * x + shift per channel, in float64; None where it is not constant."""
     if is_training(a, node):
         return None

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from onnx import NodeProto
 
 from onnxopt import attributes
-from onnxopt.channels.groups import Link
 from onnxopt.channels.removal import Removal
 from onnxopt.channels.rules.layer import Floats, Geometry, Layer
 from onnxopt.weights import Array
@@ -57,13 +56,6 @@ class MatMul(Layer):
         uses = graph.uses(name)
         return all(u.view is graph and u.node.op_type != "QuantizeLinear" for u in uses)
 
-    def link_outputs(self, link: Link, g: Geometry) -> None:
-        """What is added behind the node is sliced with its output."""
-        super().link_outputs(link, g)
-        node, result = link.node, link.slot
-        if (link.side, link.index) == ("out", 0):
-            link.patch(lambda r: r.slice_after(node, r.kept(result)), "after")
-
     def shift(self, removal: Removal, node: NodeProto, g: Geometry, by: Floats) -> None:
         """Into the bias that is added anyway, else into a new one."""
         a, graph = removal.groups.analysis, removal.graph
@@ -75,7 +67,7 @@ class MatMul(Layer):
                 return
         weight = a.array(node.input[1])
         assert weight is not None
-        removal.shift_after(node, _plus(by * 0, by).astype(weight.dtype))
+        removal.shift_after(node, by.astype(weight.dtype), axis=0)
 
 
 def _plus(array: Array, by: Floats) -> Array:

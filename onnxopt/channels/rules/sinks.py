@@ -1,0 +1,204 @@
+"""What a layer can do without, and how it makes up for the constants among it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from onnx import NodeProto
+
+from onnxopt.channels import compute, demand
+from onnxopt.channels.facts import Mask
+from onnxopt.channels.groups import Ints, Link, Sink
+from onnxopt.channels.removal import CannotRemove, Removal, check_fits
+from onnxopt.channels.rules.normalization import scale_and_shift
+from onnxopt.weights import Array
+
+if TYPE_CHECKING:
+    from onnxopt.channels.analysis import Analysis
+    from onnxopt.channels.rules.layer import Geometry, Layer
+
+BLOCK = 8
+"""Runtimes compute channels in blocks of 8 or 16: one channel over is a whole block."""
+
+
+class LayerSink(Sink):
+    """The input channels of a layer.
+
+    Zero ones go, and those that no needed output reads; constant ones go into the bias.
+    """
+
+    def __init__(self, layer: Layer, link: Link, g: Geometry) -> None:
+        a, node, slot = link.analysis, link.node, link.slot
+        self.layer, self.geometry, self.slot, self.node = layer, g, slot, node
+        given = a.fact(node.input[0])
+        size = slot.size
+        self.free = np.zeros(size, bool)
+        self.constant = np.zeros(size, bool)
+        self.values = np.zeros(size)
+        if given is not None:
+            channel = given.along(slot.axes[0], size)
+            is_const = channel.is_const.reshape(-1)
+            self.values = np.where(is_const, channel.values.reshape(-1), 0).astype(float)
+            self.free = is_const & (self.values == 0)
+            if self._can_compensate(a):
+                self.constant = is_const
+            wild = channel.is_wild.reshape(-1)
+        else:
+            wild = np.zeros(size, bool)
+        if not layer.is_dense(a, node, g) or a.demand(node.output[0]) is not None:
+            self.free = self.free | (self._unread(a) & ~wild)
+
+    def _can_compensate(self, a: Analysis) -> bool:
+        if not a.is_float(self.node.output[0]):
+            return False
+        return self.layer.can_shift(a, self.node, self.geometry)
+
+    def _unread(self, a: Analysis) -> Mask:
+        """Inputs on which no output that is needed has a tap."""
+        taps = self.layer.taps(a, self.node, self.geometry)
+        if taps is None:
+            return np.zeros(self.slot.size, bool)
+        needed = demand.channels(
+            a.demand(self.node.output[0]),
+            self.geometry.result,
+            taps.shape[0] * taps.shape[1],
+        )
+        live = taps & needed.reshape(taps.shape[0], taps.shape[1], 1)
+        return np.asarray(~live.any(axis=1).reshape(-1))
+
+    def compensate(self, removal: Removal, removed: Mask) -> None:
+        """Make up for the constants among `removed`."""
+        constants = np.flatnonzero(removed & self.constant & (self.values != 0))
+        if not len(constants):
+            return
+        self.absorb(removal, constants, removed)
+
+    def absorb(self, removal: Removal, constants: Ints, removed: Mask) -> None:
+        """Put what `constants` add into the bias."""
+        g, a = self.geometry, removal.groups.analysis
+        matrix = self._current(removal, a)
+        groups, outputs, inputs, _ = matrix.shape
+        values = np.zeros(self.slot.size)
+        values[constants] = self.values[constants]
+        with np.errstate(all="ignore"):
+            sums = matrix.sum(axis=3, dtype=np.float64)
+            by = np.einsum("goi,gi->go", sums, values.reshape(groups, inputs))
+        by = by.reshape(groups * outputs) * g.scale
+        if not np.isfinite(by).all():
+            raise CannotRemove("what a constant channel adds is not finite")
+        if by.any():
+            self.layer.shift(removal, self.node, g, by)
+
+    def _current(self, removal: Removal, a: Analysis) -> Array:
+        """The weight as edits have left it: of its output channels some may be gone."""
+        a.array.cache_clear()
+        matrix = self.layer.matrix(a, self.node, self.geometry)
+        assert matrix is not None
+        return matrix
+
+
+class BorderSink(LayerSink):
+    """The same where padding makes what a constant adds differ at the border.
+
+    Either the constants are collected in one constant channel that stays: conv(c, w) =
+    conv(k, w c / k), exactly, whatever the size. Or what they add is computed now, for
+    every position, and added behind the layer: where the positions are known, where
+    that is smaller than the weight, and where the one channel would open a block of its
+    own.
+    """
+
+    def __init__(self, layer: Layer, link: Link, g: Geometry) -> None:
+        super().__init__(layer, link, g)
+        self.needs_carrier = True
+        self._can_map = self._has_room(link.analysis)
+
+    def _can_compensate(self, a: Analysis) -> bool:
+        plain = a.graph.weight(self.node.input[1]) is not None
+        return a.is_float(self.node.output[0]) and plain and self.geometry.groups == 1
+
+    def prefers_map(self, removed: Mask) -> bool:
+        """Whether no constant should stay, if `removed` [atoms] were to go."""
+        kept = int((~removed).sum())
+        return self._can_map and kept > 0 and kept % BLOCK == 0
+
+    def _has_room(self, a: Analysis) -> bool:
+        dims, given = a.shape(self.node.output[0]), a.shape(self.node.input[0])
+        weight = a.graph.weight(self.node.input[1])
+        if dims is None or given is None or weight is None:
+            return False
+        sizes = [size for size in (*dims[1:], *given[1:]) if isinstance(size, int)]
+        if len(sizes) != len(dims) + len(given) - 2:
+            return False
+        if int(np.prod(sizes[: len(dims) - 1])) > int(np.prod(list(weight.dims))):
+            return False
+        return self._anchor(a) is not None
+
+    def _anchor(self, a: Analysis) -> NodeProto | None:
+        """Behind which node to add: behind a BatchNormalization, which may be folded.
+
+        None where an Add would come between the layer and its QuantizeLinear.
+        """
+        graph, node = a.graph, self.node
+        after = graph.only_use(node.output[0])
+        if after is not None and after.view is graph and after.index == 0:
+            is_norm = graph.op(after.node) == "BatchNormalization"
+            if is_norm and scale_and_shift(a, after.node) is not None:
+                node = after.node
+        name = node.output[0]
+        if graph.is_output(name) or graph.is_pinned(name):
+            return None
+        for use in graph.uses(name):
+            if use.view is not graph or graph.op(use.node) == "QuantizeLinear":
+                return None
+        return node
+
+    def absorb(self, removal: Removal, constants: Ints, removed: Mask) -> None:
+        """Into a constant channel that stays, else into a map behind the layer."""
+        able = np.flatnonzero(~removed & self.constant & (self.values != 0))
+        if len(able):
+            carrier = int(able[np.abs(self.values[able]).argmax()])
+            self._carry(removal, constants, carrier)
+        elif not self.free[constants].all():
+            self._add_map(removal, constants)
+
+    def _carry(self, removal: Removal, constants: Ints, carrier: int) -> None:
+        """Let one constant channel that stays do the work of those that go."""
+        ratios = self.values[constants] / self.values[carrier]
+        axis = self.geometry.inputs
+
+        def change(array: Array) -> Array:
+            wide = np.moveaxis(array, axis, 0)
+            moved = np.array(wide[carrier], np.float64)
+            for index, ratio in zip(constants, ratios, strict=True):
+                moved += wide[index].astype(np.float64) * ratio
+            check_fits(moved, array.dtype)
+            made = wide.copy()
+            made[carrier] = moved.astype(array.dtype)
+            return np.moveaxis(made, 0, axis)
+
+        removal.change(self.node, 1, change)
+
+    def _add_map(self, removal: Removal, constants: Ints) -> None:
+        """The layer's own kernel on the constants alone says what they add where."""
+        a, node = removal.groups.analysis, self.node
+        anchor, dims = self._anchor(a), a.shape(node.input[0])
+        weight = a.graph.array(node.input[1])
+        if anchor is None or dims is None or weight is None:
+            raise CannotRemove("what constants add at its border has no place")
+        image = np.zeros((1, *(int(size or 0) for size in dims[1:])), weight.dtype)
+        shape = (len(constants), *[1] * (image.ndim - 2))
+        image[0, constants] = self.values[constants].reshape(shape)
+        bare = NodeProto()
+        bare.CopyFrom(node)
+        del bare.input[2:]
+        made = compute.evaluated(a.evaluator, bare, [image, weight], a.graph.opset())
+        if made is None:
+            raise CannotRemove("what constants add at its border could not be computed")
+        whole = made.astype(np.float64)
+        if anchor is not node:
+            found = scale_and_shift(a, anchor)
+            assert found is not None
+            whole *= found[0].reshape(-1, *[1] * (whole.ndim - 2))
+        check_fits(whole, weight.dtype)
+        removal.shift_after(node, whole.astype(weight.dtype), 1, anchor)
