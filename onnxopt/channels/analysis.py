@@ -7,7 +7,6 @@ WILD and stays.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -24,6 +23,9 @@ from onnxopt.weights import Array, elements
 
 if TYPE_CHECKING:
     from onnxopt.channels.rules.rule import Rule
+
+KEPT_BYTES = 1 << 20
+"""Computed constants of at most this size are kept while the analysis lives."""
 
 FLOATS = {
     TensorProto.FLOAT,
@@ -48,7 +50,7 @@ class Analysis:
         self._facts: dict[str, Fact] = {}
         self._demand: dict[str, Demand] = {}
         self._is_constant: dict[str, bool] = {}
-        self.array = functools.lru_cache(maxsize=8)(self._array)
+        self._arrays: dict[str, Array | None] = {}
         self.dense: dict[object, bool] = {}
         nodes = graph.nodes()
         for node in nodes:
@@ -65,9 +67,11 @@ class Analysis:
         if name in self._facts:
             return self._facts[name]
         tensor = self.graph.weight(name)
-        if tensor is None or elements(tensor) > MAX_ELEMENTS:
+        if tensor is None and not self._is_constant.get(name):
             return None
-        array = self.graph.array(name)
+        if tensor is not None and elements(tensor) > MAX_ELEMENTS:
+            return None
+        array = self.array(name)
         return known(array) if array is not None else None
 
     def demand(self, name: str) -> Demand:
@@ -87,17 +91,29 @@ class Analysis:
             self._is_constant[name] = found
         return found
 
-    def _array(self, name: str) -> Array | None:
+    def array(self, name: str) -> Array | None:
         """The value of `name` where it is constant, computed through DequantizeLinear,
         Transpose and the like; None where it is not, or could not be computed."""
         if self.graph.weight(name) is not None:
             return self.graph.array(name)
         if not self._is_constant.get(name):
             return None
+        if name in self._arrays:
+            return self._arrays[name]
+        made = self._computed(name)
+        if made is None or made.nbytes <= KEPT_BYTES:
+            self._arrays[name] = made
+        return made
+
+    def forget_arrays(self) -> None:
+        """Compute constants anew: an edit has changed what they are made from."""
+        self._arrays.clear()
+
+    def _computed(self, name: str) -> Array | None:
         node = self.graph.producer(name)
         assert node is not None
         if self.graph.op(node) == "DequantizeLinear":
-            inputs = [self._array(given) if given else None for given in node.input]
+            inputs = [self.array(given) if given else None for given in node.input]
             made = compute.dequantized(node, inputs)
             if made is not None:
                 return made
@@ -173,7 +189,8 @@ class Analysis:
 
     def _backward(self, node: NodeProto) -> None:
         needs = [self._whole_demand(name) for name in node.output]
-        if needs and all(need is NOTHING for need in needs):
+        is_idle = bool(needs) and all(need is NOTHING for need in needs)
+        if is_idle and self.graph.model.is_pure(node):
             wanted: Sequence[Demand] = [NOTHING] * len(node.input)
         elif all(need is None for need in needs) and not self._is_special(node):
             wanted = [None] * len(node.input)

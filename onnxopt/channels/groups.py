@@ -114,6 +114,7 @@ class Groups:
         self.size = 0
         # layer -> the constant that was added behind it, and its axis of channels
         self.shifts: dict[int, tuple[str, int]] = {}
+        self._mixing: set[int] = set()
         self._ties: list[tuple[Ints, Ints]] = []
         self._joins: list[tuple[Slot, Slot]] = []
         self._patches: dict[Key, tuple[Slot, Patch]] = {}
@@ -152,7 +153,7 @@ class Groups:
 
     def after(self, node: NodeProto) -> list[Slot]:
         """The slots of the outputs of a node that hands channels on; none of a sink's."""
-        if any(sink.node is node for sink in self.sinks):
+        if id(node) in self._mixing:
             return []
         return [slot for name in node.output for slot in self.slots_of(name)]
 
@@ -188,6 +189,11 @@ class Groups:
                     self.bar(one, f"{slot.name!r} has channels of two kinds")
         self._by_value[place].append(slot)
         self._queue.append(slot)
+
+    def add_sink(self, sink: Sink) -> None:
+        """Ask `sink` which of its slot's channels may go."""
+        self.sinks.append(sink)
+        self._mixing.add(id(sink.node))
 
     def bar(self, slot: Slot, reason: str) -> None:
         """Let every channel of a slot stay."""
@@ -333,7 +339,7 @@ class Link:
 
     def sink(self, sink: Sink) -> None:
         """Let `sink` say which atoms of the slot may go, and make up for them."""
-        self.groups.sinks.append(sink)
+        self.groups.add_sink(sink)
 
     def restrict(self, restriction: Restriction, reason: str) -> None:
         """Let `restriction` hold atoms back."""

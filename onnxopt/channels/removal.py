@@ -214,6 +214,8 @@ class Removal:
         home = self.graph.home(name)
         uses = self.graph.home_uses(name)
         are_all = home is self.graph and len(uses) == len(readers)
+        if self.graph.is_output(name) or self.graph.is_pinned(name):
+            are_all = False
         if are_all and all(_same(made[0], other) for other in made[1:]):
             self.edit.set_weight(name, made[0])
             return

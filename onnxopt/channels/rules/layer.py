@@ -102,10 +102,16 @@ class Layer(Rule):
 
     # ---- the bias ----
 
-    def bias(self, a: Analysis, node: NodeProto) -> Array | None:
-        """The bias; a zero where there is none; None where it is not constant."""
+    def bias(self, a: Analysis, node: NodeProto, outputs: int) -> Floats | None:
+        """The bias [outputs]; None where it is not constant, or not one per channel."""
         name = self._bias_name(node)
-        return np.zeros((), np.float32) if not name else a.array(name)
+        array = np.zeros(()) if not name else a.array(name)
+        if array is None or array.size not in (1, outputs):
+            return None
+        if array.size > 1 and array.shape[-1] != outputs:
+            return None
+        flat = array.astype(np.float64).reshape(-1)
+        return np.asarray(np.broadcast_to(flat, (outputs,)))
 
     def _bias_name(self, node: NodeProto) -> str:
         slot = self.bias_slot
@@ -120,8 +126,8 @@ class Layer(Rule):
                 return False
             if any(a.graph.weight(given) is None for given in maker.input):
                 return False
-        bias = self.bias(a, node)
-        return bias is not None and bias.size in (1, self._outputs(a, node, g))
+        outputs = self._outputs(a, node, g)
+        return outputs is not None and self.bias(a, node, outputs) is not None
 
     def _outputs(self, a: Analysis, node: NodeProto, g: Geometry) -> int | None:
         size = a.size(node.input[1], g.outputs)
@@ -139,8 +145,11 @@ class Layer(Rule):
         given, rank = a.fact(node.input[0]), a.rank(node.output[0])
         if rank is None or (given is None and self.is_dense(a, node, g)):
             return [None]
-        matrix, bias = self.matrix(a, node, g), self.bias(a, node)
-        if matrix is None or bias is None:
+        matrix = self.matrix(a, node, g)
+        if matrix is None:
+            return [None]
+        bias = self.bias(a, node, matrix.shape[0] * matrix.shape[1])
+        if bias is None:
             return [None]
         taps = (matrix != 0).any(axis=3)
         if given is None:
@@ -152,18 +161,13 @@ class Layer(Rule):
             size = taps.shape[0] * taps.shape[2]
             channel = given.along(g.data % given.kinds.ndim, size)
             kinds, total = _mixed(channel, matrix, taps, g)
-        outputs = kinds.size
-        values = total.reshape(-1) * g.scale + self._spread_bias(bias, outputs, g)
+        values = total.reshape(-1) * g.scale + bias * g.bias_scale
         shape = [1] * rank
-        shape[g.result] = outputs
+        shape[g.result] = kinds.size
         dtype = matrix.dtype
         with np.errstate(over="ignore"):
             made = values.reshape(shape).astype(dtype)
         return [computed(kinds.reshape(shape), made)]
-
-    def _spread_bias(self, bias: Array, outputs: int, g: Geometry) -> Floats:
-        flat = bias.astype(np.float64).reshape(-1) * g.bias_scale
-        return np.asarray(np.broadcast_to(flat, (outputs,)))
 
     # ---- demand ----
 

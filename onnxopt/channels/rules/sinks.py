@@ -92,7 +92,7 @@ class LayerSink(Sink):
 
     def _current(self, removal: Removal, a: Analysis) -> Array:
         """The weight as edits have left it: of its output channels some may be gone."""
-        a.array.cache_clear()
+        a.forget_arrays()
         matrix = self.layer.matrix(a, self.node, self.geometry)
         assert matrix is not None
         return matrix
