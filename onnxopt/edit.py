@@ -136,6 +136,14 @@ class Edit:
         self._check_own(node)
         self._steps.append(lambda j: j.set_inputs(self.graph, node, names))
 
+    def divert(self, node: NodeProto, index: int, name: str) -> None:
+        """Let output `index` of `node` be the new value `name`.
+
+        Who reads the old one needs another producer of it in this edit.
+        """
+        self._check_own(node)
+        self._steps.append(lambda j: j.divert(self.graph, node, index, name))
+
     def set_op_type(self, node: NodeProto, op_type: str) -> None:
         """Let `node` be another standard operator, with the inputs that it has."""
         self._check_own(node)
@@ -321,6 +329,23 @@ class _Journal:
         if old and name and old not in node.input:
             self._move_shards(node, old, name)
         self.touched.append((view, node))
+
+    def divert(self, view: GraphView, node: NodeProto, index: int, name: str) -> None:
+        old = node.output[index]
+        if view.home(name) is not None:
+            raise EditError(f"{name!r} is defined already")
+        node.output[index] = name
+        view._producer[name] = node
+        del view._producer[old]
+        view._gone.add(old)
+        self.undo.append(lambda: self._undivert(view, node, index, old))
+        self.undefined.append((view, old))
+        self.touched.append((view, node))
+
+    def _undivert(self, view: GraphView, node: NodeProto, index: int, old: str) -> None:
+        del view._producer[node.output[index]]
+        node.output[index] = old
+        view._producer[old] = node
 
     def set_inputs(self, view: GraphView, node: NodeProto, names: Sequence[str]) -> None:
         for index in range(max(len(names), len(node.input))):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from onnx import GraphProto, ModelProto, TypeProto, ValueInfoProto, shape_inference
 
-from onnxopt import attributes, memory
+from onnxopt import attributes, memory, open_shapes
 from onnxopt.bare import MARK, bare_copy
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ log = logging.getLogger("onnxopt.shapes")
 
 _LID = 512 << 20
 """Bytes that following the values of shapes may take."""
+
+_MOST_RUNS = 8
+"""Runs of inference, each with what the one before it left open but is certain."""
 
 Known = dict[str, tuple[int, "Shape | None"]]
 
@@ -106,7 +109,12 @@ class Shapes:
         for view in self._model.views():
             view.settle()
         try:
-            inferred = self._inferred(bare_copy(self._model))
+            bare = bare_copy(self._model)
+            inferred = self._inferred(bare)
+            for _ in range(_MOST_RUNS):
+                if not open_shapes.declare(bare.graph, inferred.graph, self.is_reliable):
+                    break
+                inferred = self._inferred(bare)
         except (shape_inference.InferenceError, ValueError) as error:
             log.info("shape inference failed: %s", error)
             return

@@ -158,3 +158,39 @@ def test_a_declared_dim_below_zero_is_any_size() -> None:
     result = onnxopt.optimize(model, validate=False).model
     (made,) = outputs(result, {"x": np.zeros((2, 3), np.float32)})
     assert made.tolist() == [2, 3]
+
+
+def read_batch(cast: str, literals: str) -> Model:
+    """A Reshape to the batch size, read through `cast`, and literals."""
+    text = f"""<ir_version: 8, opset_import: ["" : 17]>
+    main (float[N,6,1,1] x) => (float[M,K] y)
+    <int64[1] from = {{0}}, int64[1] to = {{1}}, int64[{literals.count(",") + 1}] rest = {{{literals}}}> {{
+        s = Shape (x)
+        {cast}
+        n = Slice (c, from, to)
+        m = Cast <to = 7> (n)
+        shape = Concat <axis = -1> (m, rest)
+        r = Reshape (x, shape)
+        y = Relu (r)
+    }}"""
+    return Model.open(onnx.parser.parse_model(text))
+
+
+@pytest.mark.parametrize("cast", ["c = Cast <to = 6> (s)", "c = Identity (s)"])
+def test_the_literals_of_a_computed_shape_are_known(cast: str) -> None:
+    graph = read_batch(cast, "6").main
+    assert (graph.shape("y") or ())[1:] == (6,)
+    graph = read_batch(cast, "3, 2").main
+    assert (graph.shape("y") or ())[1:] == (3, 2)
+    assert not isinstance((graph.shape("y") or (0,))[0], int)
+
+
+def test_the_one_size_that_is_left_is_known_by_the_number_of_elements() -> None:
+    assert read_batch("c = Cast <to = 6> (s)", "-1").main.shape("y") == ("N", 6)
+    assert read_batch("c = Cast <to = 7> (s)", "2, -1").main.shape("y") == ("N", 2, 3)
+
+
+def test_a_size_that_inference_lost_leaves_it_open() -> None:
+    graph = read_batch("c = Cast <to = 10> (s)", "-1").main
+    assert len(graph.shape("y") or ()) == 2
+    assert not isinstance((graph.shape("y") or (0, 0))[1], int)

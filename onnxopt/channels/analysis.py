@@ -8,7 +8,7 @@ WILD and stays.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from onnx import NodeProto, TensorProto
@@ -51,7 +51,7 @@ class Analysis:
         self._demand: dict[str, Demand] = {}
         self._is_constant: dict[str, bool] = {}
         self._arrays: dict[str, Array | None] = {}
-        self.dense: dict[object, bool] = {}
+        self.kept: dict[object, Any] = {}  # what rules learned about constants
         nodes = graph.nodes()
         for node in nodes:
             self._forward(node)

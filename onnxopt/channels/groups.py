@@ -115,6 +115,7 @@ class Groups:
         # layer -> the constant that was added behind it, and its axis of channels
         self.shifts: dict[int, tuple[str, int]] = {}
         self._mixing: set[int] = set()
+        self._constants: dict[str, Slot] = {}
         self._ties: list[tuple[Ints, Ints]] = []
         self._joins: list[tuple[Slot, Slot]] = []
         self._patches: dict[Key, tuple[Slot, Patch]] = {}
@@ -182,6 +183,10 @@ class Groups:
     def _add(self, key: Key, place: Key, slot: Slot) -> None:
         self.slots[key] = slot
         self.size += slot.size
+        if slot.reader is not None:  # one edit, so that they can stay one constant
+            shared = self._constants.setdefault(slot.name, slot)
+            if shared is not slot:
+                self._joins.append((slot, shared))
         for other in self._by_value.setdefault(place, []):
             if set(other.axes) & set(slot.axes):
                 self._joins.append((slot, other))

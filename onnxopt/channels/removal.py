@@ -16,8 +16,9 @@ from onnx import NodeProto
 from onnxopt.channels.decision import Decision
 from onnxopt.channels.facts import Mask
 from onnxopt.channels.groups import Component, Groups, Slot
+from onnxopt.data.inputs import dims_of
 from onnxopt.edit import Edit
-from onnxopt.graph import GraphView, Shape
+from onnxopt.graph import GraphView
 from onnxopt.weights import Array
 
 Change = Callable[[Array], Array]
@@ -31,22 +32,25 @@ class CannotRemove(Exception):  # noqa: N818 - a signal inside this package, not
 
 @dataclass
 class Declared:
-    """The types of values as they are by now: shapes change from edit to edit."""
+    """What the model declares of inner values: shapes change from edit to edit."""
 
     shapes: dict[str, list[int | str | None]] = field(default_factory=dict)
     types: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, groups: Groups) -> Declared:
-        """Those of every value that has a slot."""
+        """The declared ones of the values that have slots."""
         made = cls()
         graph = groups.graph
+        written = {value.name: value for value in graph.proto.value_info}
         for slot in groups.slots.values():
-            dims: Shape | None = graph.shape(slot.name)
-            kind = graph.dtype(slot.name)
-            if slot.reader is None and dims is not None and kind is not None:
-                made.shapes[slot.name] = list(dims)
-                made.types[slot.name] = kind
+            value = written.get(slot.name)
+            if slot.reader is not None or value is None:
+                continue
+            tensor = value.type.tensor_type
+            if tensor.HasField("shape"):  # else nothing is said that could be wrong
+                made.shapes[slot.name] = list(dims_of(tensor) or ())
+                made.types[slot.name] = tensor.elem_type
         return made
 
 
@@ -196,9 +200,9 @@ class Removal:
         """Let all that read the output of `anchor` read it with `by` added."""
         name = anchor.output[0]
         bias = self.edit.add_weight(by, f"{name}_shift")
-        (shifted,) = self.edit.insert("Add", [name, bias], [self.graph.fresh(name)])
-        for use in self.graph.uses(name):
-            self.edit.set_input(use.node, use.index, shifted)
+        plain = self.graph.fresh(name)
+        self.edit.divert(anchor, 0, plain)
+        self.edit.insert("Add", [plain, bias], [name])
         return bias
 
     def _changed(self, node: NodeProto, index: int, array: Array) -> Array:

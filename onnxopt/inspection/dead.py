@@ -6,18 +6,14 @@ is not zero is dead behind a BatchNormalization whose scale is.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 
 import msgspec
-import numpy as np
-from onnx import NodeProto
 
-from onnxopt.channels import demand
-from onnxopt.channels.analysis import Analysis
 from onnxopt.channels.decision import Decision
 from onnxopt.channels.engine import analyse
-from onnxopt.channels.groups import Groups, Slot
+from onnxopt.channels.groups import Groups
+from onnxopt.channels.survey import dead_outputs
 from onnxopt.evaluate import Evaluator
 from onnxopt.graph import GraphView
 from onnxopt.model import Model
@@ -57,47 +53,15 @@ def _of_scope(view: GraphView, evaluator: Evaluator) -> Iterator[DeadChannels]:
     analysis = analyse(view, evaluator)
     if not analysis.has_findings:
         return
-    decision = Decision(Groups(analysis))
-    for node in view.nodes():
-        slot = _slot(decision.groups, node)
-        found = _of_layer(analysis, decision, node, slot) if slot is not None else None
-        if found is not None:
-            yield found
-
-
-def _slot(groups: Groups, node: NodeProto) -> Slot | None:
-    """The slot of a layer's output channels."""
-    axis = groups.analysis.rule(node).layer_axis
-    if axis is None:
-        return None
-    rank = groups.analysis.rank(node.output[0]) or 1
-    return groups.slots.get((node.output[0], (axis % rank,)))
-
-
-def _of_layer(
-    a: Analysis, decision: Decision, node: NodeProto, slot: Slot
-) -> DeadChannels | None:
-    size, axis = slot.size, slot.axes[0]
-    fact = a.fact(node.output[0])
-    is_zero = is_const = np.zeros(size, bool)
-    if fact is not None:
-        along = fact.along(axis, size)
-        is_const = along.is_const.reshape(-1)
-        is_zero = along.is_zero.reshape(-1)
-    unused = ~demand.channels(a.demand(node.output[0]), axis, size) & ~is_const
-    dead = is_const | unused
-    if not dead.any():
-        return None
-    goes = slot.of(decision.removed)
-    stay = slot.atoms[dead & ~goes].tolist()
-    return DeadChannels(
-        node=a.graph.label(node),
-        scope=a.graph.scope,
-        op=a.graph.op(node),
-        channels=size,
-        zero=int(is_zero.sum()),
-        constant=int((is_const & ~is_zero).sum()),
-        unused=int(unused.sum()),
-        removable=int((dead & goes).sum()),
-        kept_by=dict(Counter(decision.reason(atom) or "" for atom in stay)),
-    )
+    for found in dead_outputs(Decision(Groups(analysis))):
+        yield DeadChannels(
+            node=view.label(found.node),
+            scope=view.scope,
+            op=view.op(found.node),
+            channels=found.channels,
+            zero=found.zero,
+            constant=found.constant,
+            unused=found.unused,
+            removable=found.removable,
+            kept_by=found.kept_by,
+        )

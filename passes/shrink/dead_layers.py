@@ -101,8 +101,11 @@ def _operand(a: Analysis, node: NodeProto, slot: int) -> bool:
         graph.skip(node, f"{name!r} is constant, but gives the result its shape")
         return False
     if _is_neutral(node, slot, found):
-        edit = Edit(graph, node)
-        edit.bypass(node, {node.output[0]: node.input[1 - slot]})
+        edit, other = Edit(graph, node), node.input[1 - slot]
+        if graph.is_output(node.output[0]) and graph.producer(other) is None:
+            edit.rewrite("Identity", [other])  # an output needs a node that makes it
+        else:
+            edit.bypass(node, {node.output[0]: other})
         return graph.apply(edit, "an operand that changes nothing")
     _replace(a, node, slot, found)
     return False

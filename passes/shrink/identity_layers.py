@@ -8,16 +8,21 @@ Conv 1x1 by a permutation (a Gather of channels)
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from onnx import NodeProto
 
 from onnxopt import attributes
 from onnxopt.channels.analysis import Analysis
 from onnxopt.channels.rules.normalization import is_training
-from onnxopt.weights import Array, tensor_bytes
+from onnxopt.graph import Shape
+from onnxopt.weights import Array
 
-MAX_WEIGHT = 4 << 20
-"""Larger weights (bytes) are not read just to see whether they are an identity."""
+MAX_WEIGHT = 1 << 20
+"""Larger weights (elements) are not read just to see whether they are an identity."""
+
+_NOT_NEGATIVE = {"Abs", "Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Softplus"}
 
 _MOVES = {
     "Flatten",
@@ -64,12 +69,11 @@ def _matrix(a: Analysis, node: NodeProto) -> Array | None:
 
     None where it has a bias that is not zero, strides, or another factor.
     """
-    tensor = a.graph.weight(node.input[1])
-    if tensor is None or tensor_bytes(tensor) > MAX_WEIGHT:
+    dims = a.shape(node.input[1])
+    if not a.is_constant(node.input[1]) or not dims or _is_large(dims):
         return None
     if len(node.input) > 2 and node.input[2] and not _is_zero(a, node.input[2]):
         return None
-    dims = list(tensor.dims)
     if a.graph.op(node) == "Conv":
         is_plain = all(size == 1 for size in dims[2:]) and _is_unpadded(node)
         if not is_plain or len(dims) < 3:
@@ -79,13 +83,18 @@ def _matrix(a: Analysis, node: NodeProto) -> Array | None:
         for name, value in (("transA", 0), ("alpha", 1.0))
     ):
         return None
-    array = a.graph.array(node.input[1])
+    array = a.array(node.input[1])
     if array is None or array.dtype.kind != "f":
         return None
-    array = array.reshape(dims[:2])
+    array = array.reshape(array.shape[:2])
     if a.graph.op(node) == "Conv" or attributes.get(node, "transB", 0):
         return array
     return array.T
+
+
+def _is_large(dims: Shape) -> bool:
+    sizes = [size for size in dims if isinstance(size, int)]
+    return len(sizes) < len(dims) or math.prod(sizes) > MAX_WEIGHT
 
 
 def _is_unpadded(node: NodeProto) -> bool:
@@ -131,7 +140,7 @@ def _is_unit(a: Analysis, node: NodeProto) -> bool:
 
 
 def _is_not_negative(a: Analysis, name: str) -> bool:
-    """Whether a Relu has been here, or codes that begin at zero."""
+    """Whether a Relu or its like has been here, or codes that begin at zero."""
     node = a.graph.producer(name)
     while node is not None and a.graph.op(node) in _MOVES:
         node = a.graph.producer(node.input[0])
@@ -139,7 +148,12 @@ def _is_not_negative(a: Analysis, name: str) -> bool:
         return False
     if a.graph.op(node) == "DequantizeLinear":
         return _starts_at_zero(a, node)
-    return a.graph.op(node) == "Relu"
+    if a.graph.op(node) == "Clip":
+        low = attributes.get(node, "min")
+        if len(node.input) > 1 and node.input[1]:
+            low = a.array(node.input[1])
+        return low is not None and bool(np.all(np.asarray(low) >= 0))
+    return a.graph.op(node) in _NOT_NEGATIVE
 
 
 def _starts_at_zero(a: Analysis, node: NodeProto) -> bool:

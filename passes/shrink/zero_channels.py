@@ -27,6 +27,7 @@ from onnxopt.channels.decision import Decision
 from onnxopt.channels.engine import analyse
 from onnxopt.channels.groups import Groups
 from onnxopt.channels.removal import remove
+from onnxopt.channels.survey import dead_outputs
 from onnxopt.graph import GraphView
 from onnxopt.manager import Context, Pass
 from onnxopt.report import Guarantee
@@ -44,5 +45,11 @@ class ZeroChannels(Pass):
         if graph.is_function:
             return  # no shapes are known there
         analysis = analyse(graph, context.evaluator)
-        if analysis.has_findings:
-            remove(Decision(Groups(analysis)))
+        if not analysis.has_findings:
+            return
+        decision = Decision(Groups(analysis))
+        dead = list(dead_outputs(decision))
+        remove(decision)
+        for layer in dead:
+            for reason, count in layer.kept_by.items():
+                graph.skip(layer.node, f"{count} dead channels stay: {reason}")

@@ -13,7 +13,8 @@ from onnxopt.channels.facts import Mask
 from onnxopt.channels.groups import Ints, Link, Slot
 from onnxopt.channels.removal import Removal
 from onnxopt.channels.rules.integer_sink import integer_sink
-from onnxopt.channels.rules.layer import Geometry, Layer
+from onnxopt.channels.rules.layer import Layer
+from onnxopt.channels.rules.matrix import Geometry
 from onnxopt.channels.rules.sinks import LayerSink
 from onnxopt.weights import Array
 
@@ -41,7 +42,8 @@ class Conv(Layer):
         """Depthwise convolutions hand their channels on; grouped ones keep balance."""
         g = self.geometry(link.analysis, link.node)
         if g is not None and g.groups > 1 and len(link.axes) == 1:
-            if link.analysis.size(link.node.input[1], 1) == 1:
+            a, weight = link.analysis, link.node.input[1]
+            if a.size(weight, 1) == 1 and a.size(weight, 0) == g.groups:
                 self._link_depthwise(link, g)
             else:
                 self._link_grouped(link, g)
@@ -54,17 +56,14 @@ class Conv(Layer):
         return found or super().sink(a, link, g)
 
     def _link_depthwise(self, link: Link, g: Geometry) -> None:
-        """Input i makes the outputs i * m to i * m + m - 1."""
+        """Input i makes output i."""
         place = self._place(link, g)
-        outputs = link.analysis.size(link.node.input[1], 0) or 0
-        times = outputs // g.groups
-        spread = np.arange(outputs)
         if place == "inputs" and link.side == "in" and link.index == 0:
-            link.tie("in", 1, (0,), here=spread // times, there=spread)
-            link.tie("out", 0, (1,), here=spread // times, there=spread)
+            link.tie("in", 1, (0,))
+            link.tie("out", 0, (1,))
         elif place == "outputs":
             self.link_outputs(link, g)
-            link.tie("in", 0, (1,), here=spread, there=spread // times)
+            link.tie("in", 0, (1,))
         else:
             link.bar("its filters have one input each")
             return

@@ -23,12 +23,13 @@ from onnx import NodeProto
 from onnxopt.channels.facts import Mask
 from onnxopt.channels.groups import Ints, Link
 from onnxopt.channels.removal import CannotRemove, Removal
+from onnxopt.channels.rules.matrix import Geometry
 from onnxopt.channels.rules.sinks import LayerSink
 from onnxopt.weights import Array
 
 if TYPE_CHECKING:
     from onnxopt.channels.analysis import Analysis
-    from onnxopt.channels.rules.layer import Geometry, Layer
+    from onnxopt.channels.rules.layer import Layer
 
 MAX_CARRIERS = 8
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from onnx import NodeProto
 from onnxopt import attributes
 from onnxopt.channels import demand
 from onnxopt.channels.demand import NOTHING, Demand
-from onnxopt.channels.facts import DYNAMIC, Fact, aligned, fact
+from onnxopt.channels.facts import DYNAMIC, Fact, Kind, Mask, aligned, fact, join
 from onnxopt.channels.groups import Link, Slot
 from onnxopt.channels.removal import Removal
 from onnxopt.channels.rules.rule import Rule
@@ -48,9 +49,11 @@ class Concat(Rule):
         facts = [a.fact(name) for name in node.input]
         first = next((item for item in facts if item is not None), None)
         axis = _axis(a, node, node.output[0], 1)
-        if first is None or axis is None or (parts := self._parts(a, node, axis)) is None:
+        if first is None or axis is None:
             return [None]
-        rank = first.kinds.ndim
+        rank, parts = first.kinds.ndim, self._parts(a, node, axis)
+        if parts is None:
+            return [_alike(facts, axis, rank)]
         kinds = [DYNAMIC if item is None else item.kinds for item in facts]
         values = [
             np.ones((), first.values.dtype) if item is None else item.values
@@ -104,6 +107,18 @@ class Concat(Rule):
     def drops_operand(self, a: Analysis, node: NodeProto, slot: Slot) -> bool:
         """Whether an operand without channels can be left out."""
         return slot.axes == (_axis(a, node, node.output[0], 1),)
+
+
+def _alike(facts: Sequence[Fact | None], axis: int, rank: int) -> Fact | None:
+    """What holds of all operands, of which none differs along the axis."""
+    known = [item for item in facts if item is not None]
+    if len(known) < len(facts) or any(item.kinds.shape[axis] != 1 for item in known):
+        return None
+    kinds, values = join(known, rank), known[0].values
+    same: Mask = functools.reduce(
+        np.logical_and, [np.asarray(item.values == values) for item in known]
+    )
+    return fact(np.where((kinds == Kind.CONST) & ~same, Kind.MAP, kinds), values)
 
 
 def _leave_out(removal: Removal, node: NodeProto, slots: Sequence[Slot | None]) -> None:
@@ -235,7 +250,8 @@ class Slice(Rule):
     def ranges(self, a: Analysis, node: NodeProto) -> dict[int, tuple[int, int]] | None:
         """By axis, the range that is kept of it; None where that is not known.
 
-        Axes of unknown size are in it as (0, -1): what is kept of them is not known.
+        Axes of unknown size, or with a step, are in it as (0, -1): what is kept of
+        them is not known.
         """
         shape = a.shape(node.input[0])
         given = _slice_inputs(a, node)
@@ -245,9 +261,7 @@ class Slice(Rule):
         for start, end, axis, step in zip(*given, strict=True):
             axis %= len(shape)
             size = shape[axis]
-            if step != 1:
-                return None
-            if isinstance(size, int):
+            if isinstance(size, int) and step == 1:
                 low, high, _ = slice(start, end, 1).indices(size)
                 found[axis] = (low, max(low, high))
             else:
@@ -276,11 +290,12 @@ class Slice(Rule):
         ranges, rank = self.ranges(a, node), a.rank(node.input[0])
         if ranges is None or rank is None:
             return wanted
-        need = np.ones((), bool) if needs[0] is None else needs[0]
-        need = aligned(need, rank)
+        given: Mask = np.ones((), bool) if needs[0] is None else needs[0]
+        need: Mask = aligned(given, rank)
         for axis, (low, high) in ranges.items():
             size = a.size(node.input[0], axis)
-            if size is None:
+            if high < 0 or size is None:
+                need = np.asarray(need.any(axis=axis, keepdims=True))
                 continue
             shape = list(need.shape)
             shape[axis] = size
@@ -301,8 +316,8 @@ class Slice(Rule):
         hit = [axis for axis in link.axes if axis in ranges]
         if not hit:
             link.tie(side, 0, link.axes)
-        elif len(link.axes) > 1:
-            link.bar("it cuts one of the axes")
+        elif len(link.axes) > 1 or ranges[hit[0]][1] < 0:
+            link.bar("it cuts this axis")
         else:
             low, high = ranges[hit[0]]
             span = np.arange(low, high)

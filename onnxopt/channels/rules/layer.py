@@ -6,50 +6,23 @@ The weight is seen as a matrix [groups, outputs, inputs, taps], whatever its lay
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
-from onnx import NodeProto
+from onnx import NodeProto, helper
 
-from onnxopt import zeros
 from onnxopt.channels import demand
 from onnxopt.channels.demand import Demand
 from onnxopt.channels.facts import Fact, Kind, Mask, computed
 from onnxopt.channels.groups import Link, Side, Slot
 from onnxopt.channels.removal import CannotRemove, Removal, check_fits
+from onnxopt.channels.rules.matrix import Floats, Geometry, Matrix
 from onnxopt.channels.rules.rule import Rule
 from onnxopt.channels.rules.sinks import BorderSink, LayerSink
-from onnxopt.weights import Array, tensor_bytes
+from onnxopt.weights import Array
 
 if TYPE_CHECKING:
     from onnxopt.channels.analysis import Analysis
-
-Floats = npt.NDArray[np.float64]
-
-STREAMED_FROM = 1 << 16
-"""Weights of this size (bytes) are first streamed in search of zero channels."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How a layer treats its weight.
-
-    `data` is the axis of input 0 that holds its input channels, `result` the axis of
-    its output; `outputs` and `inputs` are axes of the weight, input 1. `scale` is what
-    it multiplies the product by; `bias_scale` the bias. `spreads`: whether what a
-    constant channel adds differs over space.
-    """
-
-    data: int
-    result: int
-    outputs: int
-    inputs: int
-    groups: int = 1
-    scale: float = 1.0
-    bias_scale: float = 1.0
-    spreads: bool = False
 
 
 class Layer(Rule):
@@ -62,43 +35,11 @@ class Layer(Rule):
         """None where the layer is not one of a constant weight."""
         raise NotImplementedError
 
-    # ---- the weight ----
-
-    def matrix(self, a: Analysis, node: NodeProto, g: Geometry) -> Array | None:
-        """The weight as [groups, outputs, inputs, taps] in its own dtype."""
-        weight = a.array(node.input[1])
-        if weight is None or weight.ndim < 2:
-            return None
-        moved = np.moveaxis(weight, (g.outputs, g.inputs), (0, 1))
-        whole = moved.reshape(*moved.shape[:2], -1)
-        rows, columns, taps = whole.shape
-        if g.outputs < g.inputs or g.groups == 1:  # outputs run group by group
-            return whole.reshape(g.groups, rows // g.groups, columns, taps)
-        grouped = whole.reshape(rows, g.groups, columns // g.groups, taps)
-        return grouped.transpose(1, 0, 2, 3)
-
-    def is_dense(self, a: Analysis, node: NodeProto, g: Geometry) -> bool:
-        """Whether a large weight has no zero channel either way, found by streaming."""
+    def matrix(self, a: Analysis, node: NodeProto, g: Geometry) -> Matrix:
+        """The weight; what was learned about it is kept with the analysis."""
         key = (node.input[1], g)
-        if key not in a.dense:
-            a.dense[key] = self._streams_dense(a, node, g)
-        return a.dense[key]
-
-    def _streams_dense(self, a: Analysis, node: NodeProto, g: Geometry) -> bool:
-        tensor = a.graph.weight(node.input[1])
-        if tensor is None or tensor_bytes(tensor) < STREAMED_FROM or g.groups > 1:
-            return False
-        rank = len(tensor.dims)
-        axes = (g.outputs % rank, g.inputs % rank)
-        found = zeros.count(a.graph.model.weights, tensor, axes)
-        return found is not None and not any(
-            mask.any() for mask in found.channels.values()
-        )
-
-    def taps(self, a: Analysis, node: NodeProto, g: Geometry) -> Mask | None:
-        """[groups, outputs, inputs]: whether an output reads an input at all."""
-        matrix = self.matrix(a, node, g)
-        return None if matrix is None else np.asarray((matrix != 0).any(axis=3))
+        found: Matrix = a.kept.setdefault(key, Matrix(a, node.input[1], g))
+        return found
 
     # ---- the bias ----
 
@@ -127,6 +68,8 @@ class Layer(Rule):
             if any(a.graph.weight(given) is None for given in maker.input):
                 return False
         outputs = self._outputs(a, node, g)
+        if name and not g.bias_scale:
+            return False
         return outputs is not None and self.bias(a, node, outputs) is not None
 
     def _outputs(self, a: Analysis, node: NodeProto, g: Geometry) -> int | None:
@@ -143,31 +86,37 @@ class Layer(Rule):
         if g is None or not a.is_float(node.output[0]):
             return [None]
         given, rank = a.fact(node.input[0]), a.rank(node.output[0])
-        if rank is None or (given is None and self.is_dense(a, node, g)):
+        matrix, kind = self.matrix(a, node, g), a.graph.dtype(node.output[0])
+        rows = matrix.rows
+        if rank is None or rows is None or kind is None or (given is None and rows.all()):
             return [None]
-        matrix = self.matrix(a, node, g)
-        if matrix is None:
+        bias = self.bias(a, node, len(rows))
+        mixed = self._mixed(a, node, given, matrix, rows, g)
+        if bias is None or mixed is None:
             return [None]
-        bias = self.bias(a, node, matrix.shape[0] * matrix.shape[1])
-        if bias is None:
-            return [None]
-        taps = (matrix != 0).any(axis=3)
-        if given is None:
-            if taps.any(axis=2).all():
-                return [None]
-            kinds = np.where(taps.any(axis=2), Kind.DYN, Kind.CONST)
-            total = np.zeros(kinds.shape)
-        else:
-            size = taps.shape[0] * taps.shape[2]
-            channel = given.along(g.data % given.kinds.ndim, size)
-            kinds, total = _mixed(channel, matrix, taps, g)
-        values = total.reshape(-1) * g.scale + bias * g.bias_scale
+        kinds, total = mixed
         shape = [1] * rank
-        shape[g.result] = kinds.size
-        dtype = matrix.dtype
+        shape[g.result] = len(kinds)
+        values = (total * g.scale + bias * g.bias_scale).reshape(shape)
         with np.errstate(over="ignore"):
-            made = values.reshape(shape).astype(dtype)
+            made = values.astype(helper.tensor_dtype_to_np_dtype(kind))
         return [computed(kinds.reshape(shape), made)]
+
+    def _mixed(
+        self,
+        a: Analysis,
+        node: NodeProto,
+        given: Fact | None,
+        matrix: Matrix,
+        rows: Mask,
+        g: Geometry,
+    ) -> tuple[Array, Floats] | None:
+        if given is None:
+            return np.where(rows, Kind.DYN, Kind.CONST), np.zeros(len(rows))
+        size = a.size(node.input[0], g.data)
+        if size is None:
+            return None
+        return matrix.mixed(given.along(g.data % given.kinds.ndim, size))
 
     # ---- demand ----
 
@@ -179,15 +128,19 @@ class Layer(Rule):
         g, rank = self.geometry(a, node), a.rank(node.input[0])
         if g is None or rank is None:
             return wanted
-        if needs[0] is None and self.is_dense(a, node, g):
-            return wanted
-        taps = self.taps(a, node, g)
-        if taps is None:
-            return wanted
-        needed = demand.channels(needs[0], g.result, taps.shape[0] * taps.shape[1])
-        live = taps & needed.reshape(taps.shape[0], taps.shape[1], 1)
-        wanted[0] = demand.along(live.any(axis=1).reshape(-1), g.data % rank, rank)
+        live = self.live(a, node, g, needs[0])
+        if live is not None:
+            wanted[0] = demand.along(live, g.data % rank, rank)
         return wanted
+
+    def live(
+        self, a: Analysis, node: NodeProto, g: Geometry, need: Demand
+    ) -> Mask | None:
+        """Which input channels are read by output channels that `need` asks for."""
+        matrix = self.matrix(a, node, g)
+        if matrix.rows is None:
+            return None
+        return matrix.live(demand.channels(need, g.result, len(matrix.rows)))
 
     # ---- groups ----
 
@@ -295,29 +248,6 @@ class Layer(Rule):
             return np.asarray(moved.astype(array.dtype))
 
         removal.change(node, slot, change)
-
-
-def _mixed(
-    channel: Fact, matrix: Array, taps: Mask, g: Geometry
-) -> tuple[npt.NDArray[Any], Floats]:
-    """Kind of each output [groups, outputs], and what the constant inputs add to it."""
-    groups, outputs, inputs = taps.shape
-    kinds = channel.kinds.reshape(groups, 1, inputs)
-    is_zero = channel.is_zero.reshape(groups, 1, inputs)
-    seen = np.where(taps & ~is_zero, kinds, Kind.CONST)
-    if g.spreads:
-        is_moved = taps & ~is_zero & (kinds == Kind.CONST)
-        seen = np.where(is_moved, Kind.MAP, seen)
-    lowest = seen.min(axis=2)
-    is_wild = (kinds == Kind.WILD).any(axis=2)  # even a zero does not silence it
-    lowest = np.where(is_wild, Kind.WILD, lowest)
-    constants = np.where(kinds == Kind.CONST, channel.values.reshape(kinds.shape), 0)
-    total = np.zeros((groups, outputs))
-    if constants.any():
-        with np.errstate(all="ignore"):
-            sums = np.where(is_zero, 0, matrix.sum(axis=3, dtype=np.float64))
-            total = np.einsum("goi,gi->go", sums, constants[:, 0].astype(np.float64))
-    return lowest, total
 
 
 def _float_type(a: Analysis, node: NodeProto) -> Any:

@@ -11,8 +11,8 @@ from onnx import NodeProto
 
 from onnxopt import attributes
 from onnxopt.channels.demand import Demand
-from onnxopt.channels.facts import Fact, fact
-from onnxopt.channels.groups import Link
+from onnxopt.channels.facts import Fact, Mask, fact
+from onnxopt.channels.groups import Ints, Link, Restriction, Slot
 from onnxopt.channels.removal import Removal
 from onnxopt.channels.rules.rule import Rule
 from onnxopt.graph import Shape
@@ -158,6 +158,8 @@ class Reshape(Rule):
                 link.bar(patch.reason)
             else:
                 link.patch(patch)
+        elif node.op_type == "Squeeze" and not _names_axes(node):
+            link.restrict(_two_left(link.slot), "a Squeeze would take an axis of one")
 
     def _tie(
         self,
@@ -184,6 +186,23 @@ class Reshape(Rule):
         there = _atoms(np.arange(count), others, [theirs.index(a) for a in sorted(axes)])
         pairs = np.unique(np.stack([here, there]), axis=1)
         link.tie(side, 0, sorted(axes), here=pairs[0], there=pairs[1])
+
+
+def _names_axes(node: NodeProto) -> bool:
+    given = len(node.input) > 1 and bool(node.input[1])
+    return given or attributes.find(node, "axes") is not None
+
+
+def _two_left(slot: Slot) -> Restriction:
+    """Hold one more back where a single channel would be left."""
+
+    def check(removed: Mask) -> Ints:
+        gone = slot.of(removed)
+        if len(gone) < 2 or (~gone).sum() != 1:
+            return np.zeros(0, np.int64)
+        return slot.atoms[gone][:1]
+
+    return check
 
 
 def _atoms(flat: Array, sizes: Sequence[int], places: Sequence[int]) -> Array:

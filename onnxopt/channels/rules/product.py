@@ -8,7 +8,8 @@ from onnx import NodeProto
 
 from onnxopt import attributes
 from onnxopt.channels.removal import Removal
-from onnxopt.channels.rules.layer import Floats, Geometry, Layer
+from onnxopt.channels.rules.layer import Layer
+from onnxopt.channels.rules.matrix import Floats, Geometry
 from onnxopt.weights import Array
 
 if TYPE_CHECKING:
@@ -43,18 +44,16 @@ class MatMul(Layer):
 
     def geometry(self, a: Analysis, node: NodeProto) -> Geometry | None:
         """See Layer."""
-        if not a.is_constant(node.input[1]) or a.rank(node.input[1]) != 2:
+        rank, given = a.rank(node.input[1]), a.rank(node.input[0])
+        if not a.is_constant(node.input[1]) or rank is None or rank < 2 or not given:
             return None
-        rank = a.rank(node.input[0])
-        return Geometry(-1, -1, 1, 0) if rank is not None and rank >= 2 else None
+        # what a constant adds differs from matrix to matrix of a stack of them
+        return Geometry(-1, -1, rank - 1, rank - 2, spreads=rank > 2)
 
     def can_shift(self, a: Analysis, node: NodeProto, g: Geometry) -> bool:
         """Never between a MatMul and the QuantizeLinear that it is fused with."""
-        graph, name = a.graph, node.output[0]
-        if graph.is_output(name) or graph.is_pinned(name):
-            return False
-        uses = graph.uses(name)
-        return all(u.view is graph and u.node.op_type != "QuantizeLinear" for u in uses)
+        uses = a.graph.uses(node.output[0])
+        return all(use.node.op_type != "QuantizeLinear" for use in uses)
 
     def shift(self, removal: Removal, node: NodeProto, g: Geometry, by: Floats) -> None:
         """Into the bias that is added anyway, else into a new one."""

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from onnx import NodeProto
 
-from onnxopt.channels import compute, demand
+from onnxopt.channels import compute
 from onnxopt.channels.facts import Mask
 from onnxopt.channels.groups import Ints, Link, Sink
 from onnxopt.channels.removal import CannotRemove, Removal, check_fits
+from onnxopt.channels.rules.matrix import Geometry, added_by, as_matrix
 from onnxopt.channels.rules.normalization import scale_and_shift
 from onnxopt.weights import Array
 
 if TYPE_CHECKING:
     from onnxopt.channels.analysis import Analysis
-    from onnxopt.channels.rules.layer import Geometry, Layer
+    from onnxopt.channels.rules.layer import Layer
 
 BLOCK = 8
 """Runtimes compute channels in blocks of 8 or 16: one channel over is a whole block."""
@@ -46,26 +47,14 @@ class LayerSink(Sink):
             wild = channel.is_wild.reshape(-1)
         else:
             wild = np.zeros(size, bool)
-        if not layer.is_dense(a, node, g) or a.demand(node.output[0]) is not None:
-            self.free = self.free | (self._unread(a) & ~wild)
+        live = layer.live(a, node, g, a.demand(node.output[0]))
+        if live is not None:  # the others are read by no output that is needed
+            self.free = self.free | (~live & ~wild)
 
     def _can_compensate(self, a: Analysis) -> bool:
         if not a.is_float(self.node.output[0]):
             return False
         return self.layer.can_shift(a, self.node, self.geometry)
-
-    def _unread(self, a: Analysis) -> Mask:
-        """Inputs on which no output that is needed has a tap."""
-        taps = self.layer.taps(a, self.node, self.geometry)
-        if taps is None:
-            return np.zeros(self.slot.size, bool)
-        needed = demand.channels(
-            a.demand(self.node.output[0]),
-            self.geometry.result,
-            taps.shape[0] * taps.shape[1],
-        )
-        live = taps & needed.reshape(taps.shape[0], taps.shape[1], 1)
-        return np.asarray(~live.any(axis=1).reshape(-1))
 
     def compensate(self, removal: Removal, removed: Mask) -> None:
         """Make up for the constants among `removed`."""
@@ -77,25 +66,16 @@ class LayerSink(Sink):
     def absorb(self, removal: Removal, constants: Ints, removed: Mask) -> None:
         """Put what `constants` add into the bias."""
         g, a = self.geometry, removal.groups.analysis
-        matrix = self._current(removal, a)
-        groups, outputs, inputs, _ = matrix.shape
+        a.forget_arrays()  # of the outputs some may be gone by now
+        weight = a.array(self.node.input[1])
+        assert weight is not None
         values = np.zeros(self.slot.size)
         values[constants] = self.values[constants]
-        with np.errstate(all="ignore"):
-            sums = matrix.sum(axis=3, dtype=np.float64)
-            by = np.einsum("goi,gi->go", sums, values.reshape(groups, inputs))
-        by = by.reshape(groups * outputs) * g.scale
+        by = added_by(as_matrix(weight, g), values) * g.scale
         if not np.isfinite(by).all():
             raise CannotRemove("what a constant channel adds is not finite")
         if by.any():
             self.layer.shift(removal, self.node, g, by)
-
-    def _current(self, removal: Removal, a: Analysis) -> Array:
-        """The weight as edits have left it: of its output channels some may be gone."""
-        a.forget_arrays()
-        matrix = self.layer.matrix(a, self.node, self.geometry)
-        assert matrix is not None
-        return matrix
 
 
 class BorderSink(LayerSink):
@@ -125,7 +105,7 @@ class BorderSink(LayerSink):
     def _has_room(self, a: Analysis) -> bool:
         dims, given = a.shape(self.node.output[0]), a.shape(self.node.input[0])
         weight = a.graph.weight(self.node.input[1])
-        if dims is None or given is None or weight is None:
+        if dims is None or given is None or weight is None or self.geometry.data != 1:
             return False
         sizes = [size for size in (*dims[1:], *given[1:]) if isinstance(size, int)]
         if len(sizes) != len(dims) + len(given) - 2:
@@ -145,12 +125,9 @@ class BorderSink(LayerSink):
             is_norm = graph.op(after.node) == "BatchNormalization"
             if is_norm and scale_and_shift(a, after.node) is not None:
                 node = after.node
-        name = node.output[0]
-        if graph.is_output(name) or graph.is_pinned(name):
+        uses = graph.uses(node.output[0])
+        if any(use.node.op_type == "QuantizeLinear" for use in uses):
             return None
-        for use in graph.uses(name):
-            if use.view is not graph or graph.op(use.node) == "QuantizeLinear":
-                return None
         return node
 
     def absorb(self, removal: Removal, constants: Ints, removed: Mask) -> None:

@@ -38,19 +38,25 @@ class Size(Rule):
 
 def _read(a: Analysis, node: NodeProto, rank: int) -> set[int]:
     """The axes whose sizes something reads."""
-    graph, name = a.graph, node.output[0]
     first = attributes.get(node, "start", 0)
     axes = list(range(rank))[slice(first, attributes.get(node, "end"))]
+    return {axes[place] for place in _places(a, node.output[0], len(axes))}
+
+
+def _places(a: Analysis, name: str, size: int) -> set[int]:
+    """Which elements of vector `name` something reads."""
+    graph = a.graph
     if graph.is_output(name) or graph.is_pinned(name):
-        return set(axes)
+        return set(range(size))
     found: set[int] = set()
     for use in graph.uses(name):
-        picked = None
-        if use.view is graph and use.index == 0:
-            picked = _picked(a, use.node, len(axes))
-        if picked is None:
-            return set(axes)
-        found.update(axes[place] for place in picked)
+        if use.view is not graph or use.index != 0:
+            return set(range(size))
+        if graph.op(use.node) in ("Cast", "Identity"):
+            found |= _places(a, use.node.output[0], size)
+            continue
+        picked = _picked(a, use.node, size)
+        found.update(range(size) if picked is None else picked)
     return found
 
 

@@ -26,6 +26,8 @@ class Pool(Rule):
 
     def keeps_constants(self, node: NodeProto) -> bool:
         """Whether a constant channel comes out as it went in."""
+        if node.op_type == "AveragePool" and attributes.get(node, "ceil_mode", 0):
+            return False  # runtimes differ in what they divide by at the edge
         if node.op_type == "AveragePool" and attributes.get(node, "count_include_pad", 0):
             padded = attributes.get(node, "auto_pad", "NOTSET").startswith("SAME")
             return not padded and not any(attributes.get(node, "pads", [0]))

@@ -7,6 +7,7 @@ from onnx import NodeProto
 from onnxopt import attributes
 from onnxopt.channels.rules.convolution import Conv, ConvTranspose
 from onnxopt.channels.rules.elementwise import Dropout, Elementwise, Product
+from onnxopt.channels.rules.gather import Gather
 from onnxopt.channels.rules.join import Concat, Slice, Split
 from onnxopt.channels.rules.layout import Reshape, Transpose
 from onnxopt.channels.rules.normalization import BatchNormalization
@@ -45,6 +46,7 @@ RULES: dict[str, Rule] = {
     "Conv": Conv(),
     "ConvTranspose": ConvTranspose(),
     "Dropout": Dropout(),
+    "Gather": Gather(),
     "Gemm": Gemm(),
     "MatMul": MatMul(),
     "Mul": Product(),
