@@ -81,11 +81,11 @@ class Concat(Rule):
         a, node = link.analysis, link.node
         axis = _axis(a, node, node.output[0], 1)
         parts = self._parts(a, node, axis) if axis is not None else None
-        if axis is None or parts is None:
-            link.bar("the sizes of its operands are not known")
-        elif axis not in link.axes:
+        if axis is not None and axis not in link.axes:
             for side, index in link.ports():
                 link.tie(side, index, link.axes)
+        elif axis is None or parts is None:
+            link.bar("the sizes of its operands are not known")
         elif len(link.axes) > 1:
             link.bar("it joins along one of the axes")
         else:

@@ -26,11 +26,10 @@ class Pool(Rule):
 
     def keeps_constants(self, node: NodeProto) -> bool:
         """Whether a constant channel comes out as it went in."""
-        if node.op_type == "AveragePool" and attributes.get(node, "ceil_mode", 0):
-            return False  # runtimes differ in what they divide by at the edge
         if node.op_type == "AveragePool" and attributes.get(node, "count_include_pad", 0):
             padded = attributes.get(node, "auto_pad", "NOTSET").startswith("SAME")
-            return not padded and not any(attributes.get(node, "pads", [0]))
+            padded = padded or any(attributes.get(node, "pads", [0]))
+            return not padded and not attributes.get(node, "ceil_mode", 0)
         return node.op_type not in ("GlobalLpPool", "LpPool")
 
     def forward(self, a: Analysis, node: NodeProto) -> Sequence[Fact | None]:
