@@ -258,6 +258,13 @@ class _Journal:
         place = view._rank[id(anchor)][0]
         self._attach(view, kept, (place, view.model.next_sequence()))
         view._connect(kept)
+        for name in kept.output:  # which may have had readers before it had a producer
+            for use in view.uses(name):
+                if (
+                    view._rank[id(use.view.ancestor(view, use.node))]
+                    <= view._rank[id(kept)]
+                ):
+                    view._unordered = True
         view._misplaced = True
         return kept
 

@@ -559,8 +559,11 @@ def border(b: Builder) -> None:
     name = b.node("Conv", [given.name, b.floats(weight), b.floats(bias)])
     made = _conv_made(b, name, given, weight, bias, {"kernel": 1}, 1, "float")
     padded = [geometry for geometry in GEOMETRIES if is_padded(geometry)]
-    if b.chance(0.4):
+    draw = b.random.random()
+    if draw < 0.3:
         quantized_layer(b, made, padded)
+    elif draw < 0.5:
+        pooling(b, made)
     else:
         made = conv(b, made, b.random.randrange(4, 9), fitting(b, made, padded))
         if b.chance(0.3):
@@ -845,8 +848,12 @@ def shuffle(b: Builder) -> None:
 
 
 def pool(b: Builder) -> None:
+    """A pool of any value."""
+    pooling(b, b.image())
+
+
+def pooling(b: Builder, given: Value) -> None:
     """MaxPool and AveragePool, also where the padding counts."""
-    given = b.image()
     choices: list[dict[str, Any]] = [
         {"kernel": 2, "strides": [2, 2]},
         {"kernel": 3, "pads": [1, 1, 1, 1]},

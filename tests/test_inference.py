@@ -164,7 +164,8 @@ def read_batch(cast: str, literals: str) -> Model:
     """A Reshape to the batch size, read through `cast`, and literals."""
     text = f"""<ir_version: 8, opset_import: ["" : 17]>
     main (float[N,6,1,1] x) => (float[M,K] y)
-    <int64[1] from = {{0}}, int64[1] to = {{1}}, int64[{literals.count(",") + 1}] rest = {{{literals}}}> {{
+    <int64[1] from = {{0}}, int64[1] to = {{1}},
+    int64[{literals.count(",") + 1}] rest = {{{literals}}}> {{
         s = Shape (x)
         {cast}
         n = Slice (c, from, to)

@@ -121,6 +121,8 @@ class Groups:
         self._patches: dict[Key, tuple[Slot, Patch]] = {}
         self._by_value: dict[Key, list[Slot]] = {}
         self._queue: deque[Slot] = deque()
+        self._deferred: list[tuple[Slot, NodeProto, Side, int]] = []
+        self._is_last_call = False
         self._walk()
         self.labels = _labels(self.size, self._ties)
 
@@ -213,6 +215,12 @@ class Groups:
         """Remove from both in one edit, although no channel of them is one."""
         self._joins.append((one, two))
 
+    def defer(self, link: Link) -> bool:
+        """Ask again when all layers have been seen; False where that has been done."""
+        if not self._is_last_call:
+            self._deferred.append((link.slot, link.node, link.side, link.index))
+        return not self._is_last_call
+
     def patch(self, key: Key, slot: Slot, patch: Patch) -> None:
         """Run `patch` when something of the slot goes; once per `key`."""
         self._patches.setdefault(key, (slot, patch))
@@ -228,6 +236,10 @@ class Groups:
             if -rank <= axis < rank:
                 self.slot(node, "out", 0, (axis % rank,))
                 self._spread()
+        self._is_last_call = True
+        while self._deferred:
+            self._link(*self._deferred.pop())
+            self._spread()
 
     def _spread(self) -> None:
         while self._queue:

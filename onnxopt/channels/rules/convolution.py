@@ -16,6 +16,7 @@ from onnxopt.channels.rules.integer_sink import integer_sink
 from onnxopt.channels.rules.layer import Layer
 from onnxopt.channels.rules.matrix import Geometry
 from onnxopt.channels.rules.sinks import LayerSink
+from onnxopt.graph import GraphView
 from onnxopt.weights import Array
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Conv(Layer):
             self.link_outputs(link, g)
             balance = Balance(link, g)
         elif place == "inputs" and link.index == 0:
-            if link.groups.graph.weight(link.node.input[1]) is None:
+            if _constant(link.groups.graph, link.node) is None:
                 link.bar("the weight of a grouped convolution is computed")
                 return
             link.sink(self.sink(link.analysis, link, g))
@@ -93,6 +94,22 @@ class Conv(Layer):
         if balance.inputs is not None and balance.outputs is not None:
             link.restrict(balance.check, "every group keeps equally many")
             link.patch(balance.patch)
+
+
+def _constant(graph: GraphView, node: NodeProto) -> tuple[NodeProto, int] | None:
+    """Who reads the weight itself: the layer, or the node that dequantizes it."""
+    if graph.weight(node.input[1]) is not None:
+        return node, 1
+    maker = graph.producer(node.input[1])
+    if maker is None or graph.op(maker) != "DequantizeLinear":
+        return None
+    scale = graph.weight(maker.input[1])
+    if graph.weight(maker.input[0]) is None or scale is None:
+        return None
+    if attributes.get(maker, "block_size", 0):
+        return None
+    is_plain = list(scale.dims) in ([], [1]) or attributes.get(maker, "axis", 1) == 0
+    return (maker, 0) if is_plain else None
 
 
 class Balance:
@@ -140,8 +157,9 @@ class Balance:
             index = columns[group].reshape(len(group), -1, *[1] * (array.ndim - 2))
             return np.take_along_axis(array, index, axis=1)
 
-        if not kept.all():
-            removal.change(self.node, 1, change)
+        place = _constant(removal.graph, self.node)
+        if not kept.all() and place is not None:
+            removal.change(*place, change)
         if not lives.all():
             removal.edit.set_attribute(self.node, "group", int(lives.sum()))
 

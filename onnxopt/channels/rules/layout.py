@@ -176,6 +176,8 @@ class Reshape(Rule):
         covered = [s for s in known if set(s.axes) <= set(axes)]
         if covered:  # it came from there: by an axis that spans the block or a part
             axes = [axis for slot in covered for axis in slot.axes]
+        elif len(axes) > 1 and link.groups.defer(link):
+            return  # a layer may tell which of these axes holds the channels
         if not axes:
             link.bar("nothing is left of the axis")
             return
