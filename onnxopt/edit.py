@@ -181,6 +181,10 @@ class Edit:
         """Correct the declared type of an inner value, where one is declared."""
         self._steps.append(lambda j: j.set_shape(self.graph, name, elem_type, dims))
 
+    def forget_shapes(self) -> None:
+        """Say that the edit changes shapes that are known by now, declared or not."""
+        self._steps.append(lambda j: setattr(j, "reshaped", True))
+
     def _check_own(self, node: NodeProto) -> None:
         """An edit changes nodes of its own scope; an inner node is its own view's."""
         if not self.graph.holds(node):

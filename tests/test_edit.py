@@ -810,3 +810,81 @@ def test_a_graph_without_outputs_is_left_alone() -> None:
     view = opened("main (float[2] x) => () { a = Relu (x) b = Neg (a) }")
     PassManager(parse_pipeline("dead-code"), verify_each=True).run(view.model)
     assert ops(view) == ["Relu", "Neg"]
+
+
+# ---- outputs and inputs that move ----
+
+
+def two_convs() -> Model:
+    return Model.open(
+        support.parse(
+            """<ir_version: 8, opset_import: ["" : 17]>
+            main (float[1,2,2,2] x) => (float[1,1,2,2] y)
+            <float[3,2,1,1] W = {1,2,3,4,5,6}, float[1,3,1,1] V = {1,2,3}> {
+               t = Conv (x, W)
+               y = Conv (t, V)
+            }"""
+        )
+    )
+
+
+def test_shapes_are_inferred_anew_where_the_edit_says_so() -> None:
+    model = two_convs()
+    graph = model.main
+    first, second = graph.nodes()
+    assert graph.shape("t") == (1, 3, 2, 2)
+    edit = Edit(graph, first)
+    edit.set_input(first, 1, edit.add_weight(np.ones((2, 2, 1, 1), np.float32), "W"))
+    edit.set_input(second, 1, edit.add_weight(np.ones((1, 2, 1, 1), np.float32), "V"))
+    edit.forget_shapes()
+    assert graph.apply(edit, "fewer channels")
+    assert graph.shape("t") == (1, 2, 2, 2)
+
+
+def test_an_output_is_diverted_and_made_by_another_node() -> None:
+    model = two_convs()
+    graph = model.main
+    first, second = graph.nodes()
+    for subject in (second, first):  # wherever the new node is put at first
+        edit = Edit(graph, subject)
+        plain = graph.fresh("t")
+        maker = graph.producer("t")
+        assert maker is not None
+        edit.divert(maker, 0, plain)
+        edit.insert("Relu", [plain], ["t"])
+        assert graph.apply(edit, "something in between")
+        model.settle()
+        verifier.verify(model, "after it", rebuild=True)
+    assert [n.op_type for n in graph.nodes()] == ["Conv", "Relu", "Relu", "Conv"]
+
+
+def test_a_diverted_output_comes_back_where_the_edit_is_refused() -> None:
+    model = two_convs()
+    graph = model.main
+    before = model.proto.SerializeToString()
+    first = graph.nodes()[0]
+    edit = Edit(graph, first, max_growth=0)
+    edit.divert(first, 0, graph.fresh("t"))
+    edit.insert("Relu", [first.output[0]], ["t"])
+    assert not graph.apply(edit, "it would read itself")
+    graph.settle()
+    assert model.proto.SerializeToString() == before
+
+
+def test_inputs_are_replaced_as_a_whole() -> None:
+    model = Model.open(
+        support.parse(
+            """<ir_version: 8, opset_import: ["" : 17]>
+            main (float[1,2] x, float[1,2] z) => (float[1,K] y) {
+               y = Concat <axis = 1> (x, z, x)
+            }"""
+        )
+    )
+    graph = model.main
+    (node,) = graph.nodes()
+    edit = Edit(graph, node)
+    edit.set_inputs(node, ["z"])
+    assert graph.apply(edit, "fewer operands")
+    assert list(node.input) == ["z"]
+    assert not graph.uses("x")
+    verifier.verify(model, "after it", rebuild=True)

@@ -7,13 +7,14 @@ WILD and stays.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from onnx import NodeProto, TensorProto
 
-from onnxopt import attributes, operators
+from onnxopt import attributes
 from onnxopt.channels import compute
 from onnxopt.channels.demand import NOTHING, Demand, merge
 from onnxopt.channels.facts import MAX_ELEMENTS, Fact, known
@@ -24,6 +25,20 @@ from onnxopt.weights import Array, elements
 if TYPE_CHECKING:
     from onnxopt.channels.rules.rule import Rule
 
+_COMPUTED = {
+    "Add",
+    "Cast",
+    "DequantizeLinear",
+    "Div",
+    "Flatten",
+    "Identity",
+    "Mul",
+    "Neg",
+}
+_COMPUTED |= {"QuantizeLinear", "Reshape", "Squeeze", "Sub", "Transpose", "Unsqueeze"}
+"""Operators through which a weight stays a constant: none makes much out of little."""
+MAX_COMPUTED = 1 << 26
+"""Constants with more elements are not computed."""
 KEPT_BYTES = 1 << 20
 """Computed constants of at most this size are kept while the analysis lives."""
 
@@ -179,13 +194,14 @@ class Analysis:
 
     def _is_computed_constant(self, node: NodeProto) -> bool:
         """Whether `node` computes a constant from others, the same on every run."""
-        if not node.input or node.domain not in ("", "ai.onnx"):
+        if self.graph.op(node) not in _COMPUTED or attributes.has_references(node):
             return False
-        if node.op_type in operators.RANDOM or attributes.has_references(node):
+        if not all(self.is_constant(name) for name in node.input if name):
             return False
-        if self.graph.children_of(node):
-            return False
-        return all(self.is_constant(name) for name in node.input if name)
+        sizes = self.shape(node.output[0])
+        known = [size for size in sizes or () if isinstance(size, int)]
+        is_known = sizes is not None and len(known) == len(sizes)
+        return is_known and math.prod(known) <= MAX_COMPUTED
 
     def _backward(self, node: NodeProto) -> None:
         needs = [self._whole_demand(name) for name in node.output]

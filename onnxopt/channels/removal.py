@@ -24,6 +24,9 @@ from onnxopt.weights import Array
 Change = Callable[[Array], Array]
 
 WHY = "channels that change nothing"
+MAX_GROWTH = 256
+"""Bytes that a removal may add: a bias, where there was none, but no copies of weights
+that several layers share and slice differently."""
 
 
 class CannotRemove(Exception):  # noqa: N818 - a signal inside this package, not an error
@@ -64,7 +67,7 @@ class Removal:
         self.graph: GraphView = self.groups.graph
         self.removed = decision.removed
         self.component = component
-        self.edit = Edit(self.graph, subject)
+        self.edit = Edit(self.graph, subject, max_growth=MAX_GROWTH)
         self._changes: dict[tuple[int, int], tuple[NodeProto, list[Change]]] = {}
         self._added: dict[tuple[int, int], tuple[Array, str]] = {}
         self._shifts: dict[int, tuple[NodeProto, Array, int]] = {}
@@ -147,6 +150,8 @@ class Removal:
         for patch in self.component.patches:
             patch(self)
         self._shapes = self._new_shapes(declared)
+        if not self.edit.is_empty or self._changes:
+            self.edit.forget_shapes()
         for name, dims in self._shapes.items():
             self.edit.set_shape(name, declared.types[name], dims)
         self._write()

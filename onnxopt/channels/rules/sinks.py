@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +14,7 @@ from onnxopt.channels.groups import Ints, Link, Sink
 from onnxopt.channels.removal import CannotRemove, Removal, check_fits
 from onnxopt.channels.rules.matrix import Geometry, added_by, as_matrix
 from onnxopt.channels.rules.normalization import scale_and_shift
-from onnxopt.weights import Array
+from onnxopt.weights import Array, elements
 
 if TYPE_CHECKING:
     from onnxopt.channels.analysis import Analysis
@@ -84,14 +85,16 @@ class BorderSink(LayerSink):
     Either the constants are collected in one constant channel that stays: conv(c, w) =
     conv(k, w c / k), exactly, whatever the size. Or what they add is computed now, for
     every position, and added behind the layer: where the positions are known, where
-    that is smaller than the weight, and where the one channel would open a block of its
-    own.
+    that is smaller than what goes, and where the one channel would open a block
+    of its own.
     """
 
     def __init__(self, layer: Layer, link: Link, g: Geometry) -> None:
         super().__init__(layer, link, g)
         self.needs_carrier = True
-        self._can_map = self._has_room(link.analysis)
+        self._map_size = self._size_of_map(link.analysis)
+        weight = link.groups.graph.weight(self.node.input[1])
+        self._column_size = elements(weight) // self.slot.size if weight else 0
 
     def _can_compensate(self, a: Analysis) -> bool:
         plain = a.graph.weight(self.node.input[1]) is not None
@@ -100,19 +103,20 @@ class BorderSink(LayerSink):
     def prefers_map(self, removed: Mask) -> bool:
         """Whether no constant should stay, if `removed` [atoms] were to go."""
         kept = int((~removed).sum())
-        return self._can_map and kept > 0 and kept % BLOCK == 0
+        if not kept or kept % BLOCK or self._map_size is None:
+            return False
+        # the filters that make a channel are taken to be as large as the taps on it
+        return self._map_size <= 2 * (len(removed) - kept) * self._column_size
 
-    def _has_room(self, a: Analysis) -> bool:
+    def _size_of_map(self, a: Analysis) -> int | None:
+        """Elements of the map; None where it would depend on the input."""
         dims, given = a.shape(self.node.output[0]), a.shape(self.node.input[0])
-        weight = a.graph.weight(self.node.input[1])
-        if dims is None or given is None or weight is None or self.geometry.data != 1:
-            return False
+        if dims is None or given is None or self.geometry.data != 1:
+            return None
         sizes = [size for size in (*dims[1:], *given[1:]) if isinstance(size, int)]
-        if len(sizes) != len(dims) + len(given) - 2:
-            return False
-        if int(np.prod(sizes[: len(dims) - 1])) > int(np.prod(list(weight.dims))):
-            return False
-        return self._anchor(a) is not None
+        if len(sizes) != len(dims) + len(given) - 2 or self._anchor(a) is None:
+            return None
+        return math.prod(sizes[: len(dims) - 1])
 
     def _anchor(self, a: Analysis) -> NodeProto | None:
         """Behind which node to add: behind a BatchNormalization, which may be folded.
