@@ -493,7 +493,11 @@ def conv(
         mask(b, weight, bias, given)
     stored = store(b, weight, kind)
     inputs = [given.name, stored.name]
-    if bias is not None:
+    if bias is not None and kind == "codes" and b.chance(0.5):
+        name, bias = _coarse(b, bias)
+        inputs.append(name)
+        kind = "coarse"
+    elif bias is not None:
         inputs.append(b.floats(bias))
     extra = {"group": groups} if groups > 1 else {}
     name = b.node("Conv", inputs, **attributes_of(geometry), **extra)
@@ -502,6 +506,14 @@ def conv(
 
 def _bias(b: Builder, outputs: int) -> Array:
     return b.rng.uniform(-0.5, 0.5, outputs).astype(np.float32)
+
+
+def _coarse(b: Builder, bias: Array) -> tuple[str, Array]:
+    """A bias as integers of a step of its own: what else is added is not among them."""
+    step = np.float32(b.random.uniform(0.1, 0.3))
+    codes = np.rint(bias / step).astype(np.int32)
+    name = b.node("DequantizeLinear", [b.constant(codes), b.floats(step)])
+    return name, np.asarray(codes * step, np.float32)
 
 
 def _conv_made(
@@ -524,7 +536,7 @@ def _conv_made(
         times = len(weight) // groups
         b.truth.unite(ids, [given.ids[row // times] for row in range(len(weight))])
     else:
-        way: Constants = "bias"
+        way: Constants = "stay" if kind == "coarse" else "bias"
         if padded:
             way = "carrier" if groups == 1 and kind == "float" else "stay"
         b.truth.readers.append(Reader(given.ids, given.kinds, ids, reads, way, groups))

@@ -115,7 +115,7 @@ class Groups:
         # layer -> the constant that was added behind it, and its axis of channels
         self.shifts: dict[int, tuple[str, int]] = {}
         self._mixing: set[int] = set()
-        self._constants: dict[str, Slot] = {}
+        self._constants: dict[Key, Slot] = {}
         self._ties: list[tuple[Ints, Ints]] = []
         self._joins: list[tuple[Slot, Slot]] = []
         self._patches: dict[Key, tuple[Slot, Patch]] = {}
@@ -186,7 +186,7 @@ class Groups:
         self.slots[key] = slot
         self.size += slot.size
         if slot.reader is not None:  # one edit, so that they can stay one constant
-            shared = self._constants.setdefault(slot.name, slot)
+            shared = self._constants.setdefault((slot.name, slot.axes), slot)
             if shared is not slot:
                 self._joins.append((slot, shared))
         for other in self._by_value.setdefault(place, []):
