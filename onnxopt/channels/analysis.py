@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from onnx import NodeProto, TensorProto
+from onnx import NodeProto, TensorProto, helper
 
 from onnxopt import attributes
 from onnxopt.channels import compute
 from onnxopt.channels.demand import NOTHING, Demand, merge
-from onnxopt.channels.facts import MAX_ELEMENTS, Fact, known
+from onnxopt.channels.facts import MAX_ELEMENTS, Fact, computed, known
 from onnxopt.evaluate import EvaluationError, Evaluator, constant_model
 from onnxopt.graph import GraphView, Shape
 from onnxopt.weights import Array, elements
@@ -190,7 +190,18 @@ class Analysis:
         found = self.rule(node).forward(self, node)
         for name, item in zip(node.output, found, strict=False):
             if name and item is not None:
-                self._facts[name] = item
+                self._facts[name] = self._typed(name, item)
+
+    def _typed(self, name: str, item: Fact) -> Fact:
+        """The fact with values of the type that `name` has."""
+        kind = self.graph.dtype(name)
+        if not kind:
+            return item
+        dtype = helper.tensor_dtype_to_np_dtype(kind)
+        if item.values.dtype == dtype:
+            return item
+        with np.errstate(all="ignore"):
+            return computed(item.kinds, item.values.astype(dtype)) or item
 
     def _is_computed_constant(self, node: NodeProto) -> bool:
         """Whether `node` computes a constant from others, the same on every run."""

@@ -115,7 +115,7 @@ class Groups:
         # layer -> the constant that was added behind it, and its axis of channels
         self.shifts: dict[int, tuple[str, int]] = {}
         self._mixing: set[int] = set()
-        self._constants: dict[Key, Slot] = {}
+        self._constants: dict[str, Slot] = {}
         self._ties: list[tuple[Ints, Ints]] = []
         self._joins: list[tuple[Slot, Slot]] = []
         self._patches: dict[Key, tuple[Slot, Patch]] = {}
@@ -186,7 +186,7 @@ class Groups:
         self.slots[key] = slot
         self.size += slot.size
         if slot.reader is not None:  # one edit, so that they can stay one constant
-            shared = self._constants.setdefault((slot.name, slot.axes), slot)
+            shared = self._constants.setdefault(slot.name, slot)
             if shared is not slot:
                 self._joins.append((slot, shared))
         for other in self._by_value.setdefault(place, []):
@@ -236,10 +236,17 @@ class Groups:
             if -rank <= axis < rank:
                 self.slot(node, "out", 0, (axis % rank,))
                 self._spread()
-        self._is_last_call = True
         while self._deferred:
-            self._link(*self._deferred.pop())
-            self._spread()
+            waiting, self._deferred = self._deferred, []
+            known = len(self.slots)
+            for slot, node, side, index in waiting:
+                self._link(slot, node, side, index)
+                self._spread()
+            if self._deferred and len(self.slots) == known:  # none knows more: one has to
+                self._is_last_call = True
+                self._link(*self._deferred.pop(0))
+                self._is_last_call = False
+                self._spread()
 
     def _spread(self) -> None:
         while self._queue:

@@ -148,12 +148,21 @@ def _is_not_negative(a: Analysis, name: str) -> bool:
         return False
     if a.graph.op(node) == "DequantizeLinear":
         return _starts_at_zero(a, node)
+    if not a.is_float(name):
+        return False  # the magnitude of the least integer is negative
     if a.graph.op(node) == "Clip":
-        low = attributes.get(node, "min")
-        if len(node.input) > 1 and node.input[1]:
-            low = a.array(node.input[1])
-        return low is not None and bool(np.all(np.asarray(low) >= 0))
+        low, high = (_bound(a, node, slot, key) for slot, key in ((1, "min"), (2, "max")))
+        return low is not None and 0 <= low <= (np.inf if high is None else high)
     return a.graph.op(node) in _NOT_NEGATIVE
+
+
+def _bound(a: Analysis, node: NodeProto, slot: int, key: str) -> float | None:
+    """A bound of a Clip; None where it has none, NaN where that is not known."""
+    if len(node.input) > slot and node.input[slot]:
+        array = a.array(node.input[slot])
+        return float("nan") if array is None or array.size != 1 else float(array.item())
+    value = attributes.get(node, key)
+    return None if value is None else float(value)
 
 
 def _starts_at_zero(a: Analysis, node: NodeProto) -> bool:

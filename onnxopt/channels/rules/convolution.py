@@ -106,7 +106,7 @@ def _constant(graph: GraphView, node: NodeProto) -> tuple[NodeProto, int] | None
     scale = graph.weight(maker.input[1])
     if graph.weight(maker.input[0]) is None or scale is None:
         return None
-    if attributes.get(maker, "block_size", 0):
+    if attributes.get(maker, "block_size", 0) or not graph.only_use(node.input[1]):
         return None
     is_plain = list(scale.dims) in ([], [1]) or attributes.get(maker, "axis", 1) == 0
     return (maker, 0) if is_plain else None

@@ -46,6 +46,8 @@ class Elementwise(Rule):
         if any(item is not None and item.kinds.ndim > rank for item in facts):
             return nothing
         kinds = join([a.fact(name) for name in names], rank)
+        if _jumps(a, node):
+            kinds = _sure(node, kinds, [a.fact(name) for name in names])
         return [self.result(a, node, facts, kinds), *nothing[1:]]
 
     def absorbs(self, a: Analysis, node: NodeProto) -> bool:
@@ -112,6 +114,50 @@ class Elementwise(Rule):
             link.bar("an operand has some of its axes only")
             return
         link.tie(side, index, own)
+
+
+NEAR = 1e-3
+"""Computed values this close to a jump count as unknown beyond it."""
+_JUMPING = {"Ceil", "Equal", "Floor", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"}
+_JUMPING |= {"Mod", "Round", "Sign"}
+
+
+def _jumps(a: Analysis, node: NodeProto) -> bool:
+    """Whether the least rounding of an operand can make another result."""
+    is_cut = node.op_type == "Cast" and not a.is_float(node.output[0])
+    return is_cut or node.op_type in _JUMPING
+
+
+def _sure(node: NodeProto, kinds: Kinds, facts: Sequence[Fact | None]) -> Kinds:
+    """Known only away from a jump, or where all that was computed is exactly zero."""
+    rank, exact = kinds.ndim, np.ones((), bool)
+    for item in facts:
+        is_zero = np.zeros((), bool) if item is None else item.is_zero
+        exact = np.asarray(exact & aligned(is_zero, rank))
+    values = [
+        aligned(item.values.astype(np.float64), rank)
+        for item in facts
+        if item is not None
+    ]
+    near = _near_jump(node.op_type, values) if values else np.ones((), bool)
+    unsure = (kinds == Kind.CONST) & near & ~exact
+    return np.asarray(np.where(unsure, Kind.MAP, kinds), np.uint8)
+
+
+def _near_jump(op_type: str, values: Sequence[Array]) -> Mask:
+    """Whether rounding could take a value to the other side."""
+    first = values[0]
+    match op_type:
+        case "Ceil" | "Floor" | "Cast":
+            return np.asarray(np.abs(first - np.rint(first)) < NEAR)
+        case "Round":
+            return np.asarray(np.abs(np.abs(first % 1.0) - 0.5) < NEAR)
+        case "Sign":
+            return np.asarray(np.abs(first) < NEAR)
+    if len(values) < 2 or op_type == "Mod":
+        return np.ones((), bool)
+    gap = np.abs(first - values[1])
+    return np.asarray(gap < NEAR * np.maximum(1.0, np.abs(first)))
 
 
 class Product(Elementwise):

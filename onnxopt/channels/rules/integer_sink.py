@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto
 
+from onnxopt import attributes
 from onnxopt.channels.facts import Mask
 from onnxopt.channels.groups import Ints, Link
 from onnxopt.channels.removal import CannotRemove, Removal
@@ -121,8 +122,12 @@ def _weight_codes(a: Analysis, node: NodeProto) -> Codes | None:
     maker = a.graph.producer(node.input[1])
     if maker is None or a.graph.op(maker) != "DequantizeLinear":
         return None
-    codes = a.graph.array(maker.input[0])
-    if codes is None or codes.dtype not in (np.int8, np.uint8):
+    codes, scale = a.graph.array(maker.input[0]), a.graph.weight(maker.input[1])
+    if codes is None or codes.dtype not in (np.int8, np.uint8) or scale is None:
+        return None
+    if list(scale.dims) not in ([], [1]) and attributes.get(maker, "axis", 1) != 0:
+        return None  # a scale for each input channel: their codes do not add up
+    if attributes.get(maker, "block_size", 0) or not a.graph.only_use(node.input[1]):
         return None
     zero = 0
     if len(maker.input) > 2 and maker.input[2]:

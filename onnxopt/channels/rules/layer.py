@@ -62,15 +62,38 @@ class Layer(Rule):
         """Whether a constant can be added to every output channel."""
         name = self._bias_name(node)
         maker = a.graph.producer(name) if name else None
-        if name and a.graph.weight(name) is None:
-            if maker is None or a.graph.op(maker) != "DequantizeLinear":
-                return False
-            if any(a.graph.weight(given) is None for given in maker.input):
-                return False
+        is_computed = bool(name) and a.graph.weight(name) is None
+        if is_computed and (maker is None or not self._takes_codes(a, node, maker)):
+            return False
         outputs = self._outputs(a, node, g)
         if name and not g.bias_scale:
             return False
         return outputs is not None and self.bias(a, node, outputs) is not None
+
+    def _takes_codes(self, a: Analysis, node: NodeProto, maker: NodeProto) -> bool:
+        """Whether a quantized bias is this layer's own, in steps of its integer sums.
+
+        Then what a constant adds is a whole number of steps.
+        """
+        graph = a.graph
+        if graph.op(maker) != "DequantizeLinear" or not graph.only_use(maker.output[0]):
+            return False
+        if any(graph.weight(given) is None for given in maker.input if given):
+            return False
+        scales = []
+        for name in node.input[:2]:
+            source = graph.producer(name)
+            if source is None or graph.op(source) != "DequantizeLinear":
+                return False
+            scales.append(graph.array(source.input[1]))
+        given, weight = scales
+        own = graph.array(maker.input[1])
+        if given is None or weight is None or own is None or given.size != 1:
+            return False
+        if own.size not in (1, weight.size):
+            return False
+        product = given.reshape(-1).astype(np.float64) * weight.reshape(-1)
+        return bool(np.allclose(own.reshape(-1), product, rtol=1e-5, atol=0))
 
     def _outputs(self, a: Analysis, node: NodeProto, g: Geometry) -> int | None:
         size = a.size(node.input[1], g.outputs)

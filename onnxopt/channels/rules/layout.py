@@ -173,7 +173,7 @@ class Reshape(Rule):
         side = link.opposite
         known = link.groups.slots_of(link.name(side, 0))
         axes = [axis for axis in theirs if after[axis] != 1]
-        covered = [s for s in known if set(s.axes) <= set(axes)]
+        covered = [s for s in known if set(s.axes) <= set(theirs)]
         if covered:  # it came from there: by an axis that spans the block or a part
             axes = [axis for slot in covered for axis in slot.axes]
         elif len(axes) > 1 and link.groups.defer(link):

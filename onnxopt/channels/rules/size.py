@@ -75,5 +75,5 @@ def _picked(a: Analysis, node: NodeProto, size: int) -> list[int] | None:
             if ranges is None:
                 return None
             low, high = ranges.get(0, (0, size))
-            return list(range(low, high))
+            return None if high < 0 else list(range(low, high))
     return None

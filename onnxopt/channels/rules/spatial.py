@@ -36,7 +36,7 @@ class Pool(Rule):
         """Constant over space stays constant; zero stays zero in any case."""
         others: list[Fact | None] = [None] * (len(node.output) - 1)
         given = a.fact(node.input[0])
-        if given is None or given.kinds.ndim < 3:
+        if given is None or given.kinds.ndim < 3 or _sees_padding_alone(node):
             return [None, *others]
         flat = given.along(1, given.kinds.shape[1])
         kinds = flat.kinds
@@ -62,6 +62,13 @@ class Pool(Rule):
             link.bar("its indices count the channels")
         else:
             link.tie(link.opposite, 0, link.axes)
+
+
+def _sees_padding_alone(node: NodeProto) -> bool:
+    """Whether a dilated window may step over the whole image."""
+    padded = attributes.get(node, "auto_pad", "NOTSET").startswith("SAME")
+    padded = padded or any(attributes.get(node, "pads", [0]))
+    return padded and any(size != 1 for size in attributes.get(node, "dilations", [1]))
 
 
 def _unless_zero(given: Fact) -> Kinds:
