@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import functools
 import os
 import queue
 import re
 import sys
 import threading
+import time
+from collections.abc import Callable
 from typing import IO, Any
 
 import numpy as np
 
-from onnxopt import _frames
+from onnxopt import _frames, _placement
 from onnxopt._frames import Buffer, EndOfStreamError, Head, Raw
 
 Request = tuple[Head, list[bytearray]]
@@ -44,6 +47,11 @@ _EXOTIC = {
     "uint2": 25,
     "int2": 26,
 }
+_CPU = "CPUExecutionProvider"
+_CUDA = "CUDAExecutionProvider"
+_TENSORRT = "TensorrtExecutionProvider"
+# What ORT says where session.disable_cpu_ep_fallback forbids what it would do.
+_FELL_BACK = "assigned to the default CPU EP"
 _COMPARABLE_CUDA = {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}
 
 
@@ -58,8 +66,8 @@ class RefusedError(Exception):
 class Loaded:
     """One ORT session and what a run needs to know of it."""
 
-    def __init__(self, session: Any) -> None:
-        self.session = session
+    def __init__(self, session: Any, profile: _placement.Profile | None = None) -> None:
+        self.session, self.profile = session, profile
         kinds = {out.name: out.type for out in session.get_outputs()}
         self.outputs = list(kinds)
         self.exotic = {name for name, kind in kinds.items() if _exotic_type(kind)}
@@ -76,7 +84,33 @@ class Loaded:
         found |= self._run_bound(feed, [name for name in wanted if name in self.exotic])
         return [found[name] for name in wanted]
 
+    def time(self, feed: dict[str, Any], runs: int, warmup: int) -> list[list[float]]:
+        """Seconds of each of `runs` runs, as [wall, CPU]; `warmup` more come before.
+
+        All outputs are computed and dropped. CPU seconds are those of every thread of
+        this process.
+        """
+        feed = {name: _as_input(value) for name, value in feed.items()}
+        if self.exotic:
+            run = functools.partial(
+                self.session.run_with_iobinding, self._bound(feed, self.outputs)
+            )
+        else:
+            run = functools.partial(self.session.run, self.outputs, feed)
+        for _ in range(warmup):
+            run()
+        return [_timed(run) for _ in range(runs)]
+
     def _run_bound(self, feed: dict[str, Any], names: list[str]) -> dict[str, Raw]:
+        binding = self._bound(feed, names)
+        self.session.run_with_iobinding(binding)
+        return {
+            name: _read_raw(value)
+            for name, value in zip(names, binding.get_outputs(), strict=True)
+        }
+
+    def _bound(self, feed: dict[str, Any], names: list[str]) -> Any:
+        """The binding of the inputs, and of the outputs `names`, to ORT's own values."""
         binding = self.session.io_binding()
         for name, value in feed.items():
             if isinstance(value, np.ndarray) and value.dtype != object:
@@ -90,11 +124,15 @@ class Loaded:
             binding.bind_ortvalue_input(name, value)
         for name in names:
             binding.bind_output(name)
-        self.session.run_with_iobinding(binding)
-        return {
-            name: _read_raw(value)
-            for name, value in zip(names, binding.get_outputs(), strict=True)
-        }
+        return binding
+
+
+def _timed(run: Callable[[], object]) -> list[float]:
+    """One run: its wall and CPU seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    return [wall, cpu]
 
 
 def _exotic_type(kind: str) -> int | None:
@@ -132,6 +170,7 @@ class Server:
     def __init__(self, memory_limit: int | None) -> None:
         self.sessions: dict[int, Loaded] = {}
         self.count = 0
+        self.preloaded = False
         self.memory_limit = memory_limit
 
     def answer(self, head: Head, parts: list[bytearray]) -> tuple[Any, list[Buffer]]:
@@ -147,6 +186,16 @@ class Server:
                 loaded = self.sessions[head["session"]]
                 values = loaded.run(feed, head["outputs"] or loaded.outputs)
                 return [_frames.pack(value, sent) for value in values], sent
+            case "profile":
+                loaded = self.sessions[head["session"]]
+                if loaded.profile is None:
+                    raise RefusedError("session", "this session keeps no profile")
+                return loaded.profile.read(loaded.session), sent
+            case "time":
+                feed = {k: _frames.unpack(v, parts) for k, v in head["feed"].items()}
+                loaded = self.sessions[head["session"]]
+                seconds = loaded.time(feed, head["runs"], head["warmup"])
+                return {"seconds": seconds, "peak": _peak_bytes()}, sent
             case "close":
                 self.sessions.pop(head["session"], None)
                 return None, sent
@@ -156,31 +205,70 @@ class Server:
         ort = _onnxruntime()
         provider: str = head["provider"]
         _require(provider, ort.get_available_providers(), "this onnxruntime offers")
-        on_cpu = provider == "CPUExecutionProvider"
-        if not on_cpu and hasattr(ort, "preload_dlls"):
-            ort.preload_dlls()
-        if on_cpu and self.memory_limit:
-            _limit_address_space(self.memory_limit)
-            self.memory_limit = None
+        self._make_room(provider)
+        if provider in (_CUDA, _TENSORRT):
+            self._preload(ort)
+        if head["pinned"]:
+            os.sched_setaffinity(0, head["pinned"])
+        bare = _peak_bytes()
         model = head["path"] if head["path"] is not None else bytes(parts[1])
-        session = ort.InferenceSession(
-            model,
-            _session_options(ort, head),
-            providers=_providers(
-                provider, head["options"], ort.get_available_providers()
-            ),
-            enable_fallback=0,
-        )
+        options = _session_options(ort, head)
+        profile = _placement.Profile(options) if head["profile"] else None
+        session = _create(ort, model, options, head)
         session.disable_fallback()
         _require(provider, session.get_providers(), "the session runs on")
         self.count += 1
-        self.sessions[self.count] = Loaded(session)
+        self.sessions[self.count] = Loaded(session, profile)
         return {
             "session": self.count,
             "inputs": [[v.name, v.type, list(v.shape)] for v in session.get_inputs()],
             "outputs": [[v.name, v.type, list(v.shape)] for v in session.get_outputs()],
             "providers": list(session.get_providers()),
+            "bare": bare,
+            "assigned": _placement.assigned(session) if head["placement"] else None,
         }
+
+    def _make_room(self, provider: str) -> None:
+        """A lid on the address space for the CPU; none for what maps a whole GPU.
+
+        The caller polls resident memory in either case.
+        """
+        if provider != _CPU:
+            _lift_address_space()
+        elif self.memory_limit:
+            _limit_address_space(self.memory_limit)
+            self.memory_limit = None
+
+    def _preload(self, ort: Any) -> None:
+        """Let ORT find the CUDA and cuDNN of Python packages, before its first use."""
+        if not self.preloaded and hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()
+        self.preloaded = True
+
+
+def _create(ort: Any, model: str | bytes, options: Any, head: Head) -> Any:
+    """The session; refused with what fell to the CPU where `strict` forbids that."""
+    present = ort.get_available_providers()
+    try:
+        return ort.InferenceSession(
+            model,
+            options,
+            providers=_providers(head, present, head["strict"]),
+            enable_fallback=0,
+        )
+    except Exception as error:
+        if not (head["strict"] and _FELL_BACK in str(error)):
+            raise
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "0")
+    lenient = ort.InferenceSession(
+        model, options, providers=_providers(head, present, False), enable_fallback=0
+    )
+    left = (_placement.assigned(lenient) or {}).get(_CPU, {})
+    told = ", ".join(f"{op} {count}" for op, count in left.items()) or "some nodes"
+    raise RefusedError(
+        "provider",
+        f"{head['provider']} is required for all nodes, and leaves to the CPU: {told}",
+    )
 
 
 def _onnxruntime() -> Any:
@@ -210,6 +298,10 @@ def _session_options(ort: Any, head: Head) -> Any:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.use_deterministic_compute = True
+    if head["placement"] or head["strict"]:
+        options.add_session_config_entry(_placement.RECORD, "1")
+    if head["strict"]:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     for key, value in head["options"]:
         if key.startswith("session."):
             options.add_session_config_entry(key, value)
@@ -218,18 +310,38 @@ def _session_options(ort: Any, head: Head) -> Any:
     return options
 
 
-def _providers(provider: str, given: list[list[str]], present: list[str]) -> list[Any]:
-    """The provider with its options, then those that take what it leaves."""
-    options = {key: value for key, value in given if not key.startswith("session.")}
-    if provider == "CPUExecutionProvider":
-        return [(provider, options)]
-    cuda = "CUDAExecutionProvider"
-    if provider == cuda:
-        options = _COMPARABLE_CUDA | options
-    chain: list[Any] = [(provider, options)]
-    if provider == "TensorrtExecutionProvider" and cuda in present:
-        chain.append((cuda, dict(_COMPARABLE_CUDA)))
-    return [*chain, "CPUExecutionProvider"]
+def _providers(head: Head, present: list[str], strict: bool) -> list[Any]:
+    """The provider with its options, then those that take what it leaves.
+
+    Where `strict` the CPU is not among them: ORT calls that a contradiction.
+    """
+    provider: str = head["provider"]
+    given = {k: v for k, v in head["options"] if not k.startswith("session.")}
+    if provider == _CPU:
+        return [(provider, given)]
+    chain: list[Any] = [
+        (provider, _COMPARABLE_CUDA | given if provider == _CUDA else given)
+    ]
+    if provider == _TENSORRT and _CUDA in present:
+        chain.append((_CUDA, dict(_COMPARABLE_CUDA)))
+    return chain if strict else [*chain, _CPU]
+
+
+def _peak_bytes() -> int | None:
+    """The most resident memory that this process ever had; None where nobody says."""
+    try:
+        with open("/proc/self/status") as file:
+            found = re.search(r"^VmHWM:\s+(\d+) kB", file.read(), re.MULTILINE)
+    except OSError:
+        found = None
+    if found:
+        return int(found[1]) * 1024
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _limit_address_space(limit: int) -> None:
@@ -241,6 +353,16 @@ def _limit_address_space(limit: int) -> None:
     with open("/proc/self/statm") as file:
         mapped = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + limit, resource.RLIM_INFINITY))
+
+
+def _lift_address_space() -> None:
+    """Undo `_limit_address_space`, which a CPU session in this process asked for."""
+    if sys.platform != "linux":
+        return
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
 
 
 def _error_head(error: BaseException) -> Head:

@@ -24,7 +24,7 @@ from onnxopt.errors import (
     WorkerError,
 )
 from onnxopt.evaluate import Evaluator
-from onnxopt.ledger import Ledger
+from onnxopt.ledger import Edited, Ledger
 from onnxopt.manager import Context, Observer, Pass, PassManager
 from onnxopt.model import Model, Source
 from onnxopt.report import Check, Guarantee, PassReport, Report, Validation
@@ -33,8 +33,11 @@ from onnxopt.save import Staged, fits_in_protobuf, stage, to_proto
 from onnxopt.settings import Options, ValidationOptions
 from onnxopt.validation import interface
 from onnxopt.validation.judge import AbsentProviderError, Budget, judge
+from onnxopt.validation.placement import target_notes
 
 OnFailure = Literal["raise", "return", "rollback"]
+MAX_WRONG = 8
+"""So many wrong edits are rolled back one by one."""
 
 
 @dataclass
@@ -103,8 +106,8 @@ def optimize(
     `recipe`: a pipeline's name or a YAML file; `data`: feeds (see `onnxopt.data`), made
     up where None. Raises ValidationError (with the report) where the result is wrong,
     InvalidModelError, UsageError, ProviderError or WorkerError as their names say.
-    `on_failure="return"` returns a failed result all the same; `"rollback"` returns
-    the model as it was before the first edit that made it wrong.
+    `on_failure="return"` returns a failed result all the same; `"rollback"` makes all
+    edits but those that are found to be wrong.
     """
     job = Job.create(model, recipe, data, target, options)
     with job.run(on_failure) as (result, _):
@@ -200,8 +203,26 @@ class Job:
     ) -> Iterator[tuple[Result, Staged]]:
         """Transform, stage (beside `output` where given) and judge.
 
-        Inside the context the staged file can be committed; after it, it is gone. An
-        error that comes after the source was read carries the report.
+        Inside the context the staged file can be committed; after it, it is gone.
+        """
+        with self.attempts(output) as run:
+            report, limit = run.report, self.options.get("bisect_limit")
+            result, staged = run.attempt(limit)
+            if _failed(report) and on_failure == "rollback":
+                staged.discard()
+                result, staged = run.roll_back()
+            with staged:
+                staged.keep = run.keep
+                if _failed(report) and on_failure != "return":
+                    raise ValidationError(why(report.validation))
+                self._require_validation(report)
+                yield result, staged
+
+    @contextlib.contextmanager
+    def attempts(self, output: Path | None = None) -> Iterator[Attempts]:
+        """What runs the pipeline over the source, as often as asked.
+
+        An error that comes after the source was read carries the report.
         """
         with tempfile.TemporaryDirectory(prefix="onnxopt-") as name:
             folder = Path(name)
@@ -222,17 +243,9 @@ class Job:
             with _carrying(report):
                 feeds = self._feeds(original)
                 ends = interface.of(original.proto)
-                run = _Run(self, report, reference, target, feeds, ends, original)
-                result, staged = run.attempt(self.options.get("bisect_limit"))
-                if _failed(report) and on_failure == "rollback":
-                    staged.discard()
-                    result, staged = run.roll_back()
-                with staged:
-                    staged.keep = keep
-                    if _failed(report) and on_failure != "return":
-                        raise ValidationError(why(report.validation))
-                    self._require_validation(report)
-                    yield result, staged
+                yield Attempts(
+                    self, report, reference, target, keep, feeds, ends, original
+                )
 
     def _feeds(self, original: Model) -> data.Feeds | None:
         if not self.options.get("validate", True):
@@ -249,22 +262,34 @@ class Job:
 
 
 @dataclass
-class _Run:
-    """The attempts of one job: the first one, and those of a rollback."""
+class Attempts:
+    """The runs of one job: the first one, and those that look for a wrong edit.
+
+    `history`: the edits of the last one; `forbidden`: edits that are not made.
+    """
 
     job: Job
     report: Report
     reference: Path
     target: Path
+    keep: list[Path]
     feeds: data.Feeds | None
     ends: interface.Interface
     opened: Model | None
+    history: list[Edited] = field(default_factory=list)
+    forbidden: frozenset[Edited] = frozenset()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the result of the last attempt is wrong."""
+        return _failed(self.report)
 
     def attempt(self, limit: int | None) -> tuple[Result, Staged]:
         """One whole run with at most `limit` edits; fills in the report."""
         report, options = self.report, self.job.options
         model = self._prepared(self._take_source())
         model.ledger = Ledger(report.source.bytes.model + report.source.bytes.data, limit)
+        model.ledger.forbidden = self.forbidden
         context = Context(self.job.target, Evaluator(options.get("timeout", 600.0)))
         manager = PassManager(
             self.job.passes,
@@ -273,10 +298,12 @@ class _Run:
         )
         with context.evaluator:
             manager.run(model, context)
+        self.history = list(model.ledger.history)
         staged = stage(model, self.target)
         try:
             report.passes = model.ledger.reports()
             report.notes = list(model.notes)
+            report.notes += target_notes(self.job.target.name, staged.path)
             made = Model.open(staged.path)
             report.output = facts.of_staged(made, staged)
             if self.feeds is not None:
@@ -342,17 +369,47 @@ class _Run:
         return observe
 
     def roll_back(self) -> tuple[Result, Staged]:
-        """The run with the most edits, from the first on, whose result is right."""
-        reason = why(self.report.validation)
-        good, bad = 0, sum(entry.edits for entry in self.report.passes)
+        """The run without its wrong edits; all others are made.
+
+        Each wrong edit is found by bisection and forbidden; where there are too many,
+        what comes before the first of them is kept.
+        """
+        reasons, bad = [], 0
+        for _ in range(MAX_WRONG):
+            reason = why(self.report.validation)
+            bad = self.first_wrong_edit()
+            if not bad:
+                break
+            entry = self.history[bad - 1]
+            reasons.append(
+                f"rolled back edit {bad}, by {entry.name} at {entry.node} "
+                f"({entry.why}): {reason}"
+            )
+            self.forbidden |= {entry}
+            result, staged = self.attempt(None)
+            if not _failed(self.report):
+                self.report.notes += reasons
+                return result, staged
+            staged.discard()
+        result, staged = self.attempt(max(bad - 1, 0))
+        self.report.notes += [*reasons, f"kept the first {max(bad - 1, 0)} edits only"]
+        return result, staged
+
+    def first_wrong_edit(self) -> int:
+        """The number of the first edit after which the result is wrong, 0 for none.
+
+        To be asked after an attempt at all edits whose result was wrong; `history` then
+        ends with the edit that was found.
+        """
+        good, bad = 0, len(self.history)
         while bad - good > 1:
             middle = (good + bad) // 2
             _, staged = self.attempt(middle)
             staged.discard()
             good, bad = (good, middle) if _failed(self.report) else (middle, bad)
-        result, staged = self.attempt(good)
-        self.report.notes.append(f"rolled back to the first {good} edits, since {reason}")
-        return result, staged
+        if len(self.history) != bad and bad:
+            self.attempt(bad)[1].discard()
+        return bad
 
 
 @contextlib.contextmanager
@@ -433,6 +490,7 @@ def _judge(
         timeout=options.get("timeout", 600.0),
         memory_limit=options.get("memory_limit"),
         seed=options.get("seed", 0),
+        time_observer=options.get("time_observer"),
     )
 
 

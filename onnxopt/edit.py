@@ -24,6 +24,7 @@ from onnx import (
 
 from onnxopt import attributes, operators
 from onnxopt.graph import GraphView, Read, constant_value
+from onnxopt.ledger import FORBIDDEN
 from onnxopt.weights import Array, attribute_tensors, tensor_bytes
 
 
@@ -196,7 +197,10 @@ class Edit:
         """Carry the edit out; `GraphView.apply` is the way to call this."""
         graph, ledger = self.graph, self.graph.model.ledger
         journal = _Journal()
+        label = None if self._subject is None else graph.label(self._subject)
         try:
+            if ledger.forbids(graph, self._subject, why):
+                raise Refused(FORBIDDEN)
             for step in self._steps:
                 step(journal)
             journal.sweep()
@@ -216,7 +220,7 @@ class Edit:
         if journal.reshaped:
             graph.model.shapes.forget()
         graph.model.version += 1
-        ledger.record(graph, self._subject, why, journal.nodes, journal.bytes)
+        ledger.record(graph, self._subject, why, journal.nodes, journal.bytes, label)
         return True
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from onnx import NodeProto
 
@@ -16,8 +16,18 @@ log = logging.getLogger("onnxopt.edit")
 
 GROWTH_FLOOR = 1_000_000
 GROWTH_FACTOR = 1.02
+FORBIDDEN = "this edit was found to be wrong"
 BISECT_LIMIT = "the bisect limit is reached"
 """A refusal that says nothing about the node, so that reports leave it out."""
+
+
+class Edited(NamedTuple):
+    """One edit that was made: by which pass, at which node, why."""
+
+    name: str
+    scope: str
+    node: str
+    why: str
 
 
 class Ledger:
@@ -37,6 +47,8 @@ class Ledger:
             if start_bytes is None
             else max(GROWTH_FLOOR, int(start_bytes * GROWTH_FACTOR), start_bytes)
         )
+        self.history: list[Edited] = []
+        self.forbidden: frozenset[Edited] = frozenset()
         self._reports: dict[str, PassReport] = {}
         self._skips: dict[str, dict[tuple[str, int], tuple[GraphView, NodeProto, str]]]
         self._skips = {}
@@ -63,6 +75,14 @@ class Ledger:
             return f"the model would outgrow its budget (by {growth:,} bytes here)"
         return None
 
+    def forbids(self, graph: GraphView, node: NodeProto | None, why: str) -> bool:
+        """Whether this very edit was found to be wrong and is not to be made again."""
+        return bool(self.forbidden) and self._entry(graph, node, why) in self.forbidden
+
+    def _entry(self, graph: GraphView, node: NodeProto | None, why: str) -> Edited:
+        where = graph.label(node) if node is not None else graph.scope
+        return Edited(self._running, graph.scope, where, why)
+
     def record(
         self,
         graph: GraphView,
@@ -70,12 +90,18 @@ class Ledger:
         why: str,
         nodes: int,
         growth: int,
+        label: str | None = None,
     ) -> None:
-        """Count an edit that was done: the change in nodes and in bytes."""
+        """Count an edit that was done: the change in nodes and in bytes.
+
+        `label`: what the node was called before.
+        """
         self.edits += 1
         self.bytes += growth
-        where = graph.label(node) if node is not None else graph.scope
-        log.debug("#%d %s: %s at %s", self.edits, self._running, why, where)
+        entry = self._entry(graph, node, why)
+        entry = entry if label is None else entry._replace(node=label)
+        self.history.append(entry)
+        log.debug("#%d %s: %s at %s", self.edits, entry.name, why, entry.node)
         report = self._reports.get(self._running)
         if report is not None:
             report.edits += 1

@@ -113,6 +113,22 @@ class LevelDifference(msgspec.Struct, frozen=True):
     max_abs: float | None
 
 
+class Placement(msgspec.Struct, frozen=True):
+    """What ran a model's nodes, by execution provider, at one level of ORT.
+
+    `provider` is the one asked for. `nodes` and `operators` count the nodes that ORT
+    assigned to each provider, all scopes; `memcpy` counts the copies between devices
+    that it put in, null where that could not be seen.
+    """
+
+    provider: str
+    level: Literal["disable_all", "enable_all"]
+    model: Literal["reference", "candidate"]
+    nodes: dict[str, int]
+    operators: dict[str, dict[str, int]]
+    memcpy: int | None
+
+
 class Validation(msgspec.Struct, frozen=True):
     """The verdict on the whole: failed if any check failed, else passed if any passed."""
 
@@ -123,6 +139,7 @@ class Validation(msgspec.Struct, frozen=True):
     checks: list[Check]
     level_differences: list[LevelDifference]
     notes: list[str]
+    placements: list[Placement] = []
 
 
 class Report(msgspec.Struct, kw_only=True):

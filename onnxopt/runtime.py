@@ -72,6 +72,10 @@ class SessionSpec:
     `provider` is a short or full name, with options behind a colon where wanted
     ("cuda:device_id=1"). `threads` 0 leaves the number to ORT. `options` are provider
     options, or session configuration entries where the key begins with "session.".
+    `strict` refuses a session that leaves nodes to the CPU; `placement` records which
+    provider runs which node (`Session.assigned`), `profile` keeps ORT's profile
+    (`Session.profile`). `pinned` are the CPUs that the worker may use from then on, any
+    without them; only Linux has such a setting.
     """
 
     provider: str = "cpu"
@@ -79,6 +83,20 @@ class SessionSpec:
     threads: int = 1
     options: tuple[tuple[str, str], ...] = ()
     custom_op_libraries: tuple[str, ...] = ()
+    strict: bool = False
+    placement: bool = False
+    profile: bool = False
+    pinned: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What one provider ran of one operator: nodes, and seconds over all runs."""
+
+    provider: str
+    op_type: str
+    nodes: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -88,6 +106,20 @@ class ValueSpec:
     name: str
     kind: str
     shape: tuple[int | str | None, ...]
+
+
+@dataclass(frozen=True)
+class Times:
+    """What a block of runs took: seconds of each run, and the worker's peak memory.
+
+    `wall` and `cpu` have one entry a run; `cpu` counts all threads. `peak` is the most
+    resident memory (bytes) that the worker ever had, None where the platform does not
+    say.
+    """
+
+    wall: tuple[float, ...]
+    cpu: tuple[float, ...]
+    peak: int | None
 
 
 def provider_name(short: str) -> str:
@@ -138,6 +170,10 @@ class Session:
         self.inputs = tuple(_value_spec(v) for v in facts["inputs"])
         self.outputs = tuple(_value_spec(v) for v in facts["outputs"])
         self.providers: tuple[str, ...] = tuple(facts["providers"])
+        # Peak memory (bytes) of the worker before it loaded the model.
+        self.bare: int | None = facts["bare"]
+        # Nodes per provider and operator; None where not asked for, or ORT < 1.24.
+        self.assigned: dict[str, dict[str, int]] | None = facts["assigned"]
 
     def run(
         self, feed: Mapping[str, Value], outputs: Sequence[str] | None = None
@@ -160,13 +196,49 @@ class Session:
         values = [from_wire(_frames.unpack(form, received)) for form in forms]
         return dict(zip(names, values, strict=True))
 
+    def profile(self) -> list[Ran]:
+        """End the profile of a session made with `profile`: what ran where.
+
+        Raises SessionError where there is none, and as `run` does.
+        """
+        self._check_alive()
+        head = {"op": "profile", "session": self._id}
+        rows, _ = self._worker.request(head, [])
+        return [Ran(name, op, nodes, micros / 1e6) for name, op, nodes, micros in rows]
+
+    def time(self, feed: Mapping[str, Value], runs: int, warmup: int = 0) -> Times:
+        """Run `warmup` times, then `runs` times by the clock; no output travels.
+
+        The worker's time-out holds for each run, not for all together. Raises as `run`.
+        """
+        self._check_alive()
+        parts: list[Buffer] = []
+        head = {
+            "op": "time",
+            "session": self._id,
+            "runs": runs,
+            "warmup": warmup,
+            "feed": {k: _frames.pack(to_wire(v), parts) for k, v in feed.items()},
+        }
+        found, _ = self._worker.request(head, parts, runs + warmup)
+        return Times(
+            wall=tuple(wall for wall, _ in found["seconds"]),
+            cpu=tuple(cpu for _, cpu in found["seconds"]),
+            peak=found["peak"],
+        )
+
     def close(self) -> None:
         """Free the session; the worker stays. Safe to call again, or after a crash."""
-        if self._worker.process is self._process and self._process.usable:
+        if self.is_alive:
             self._worker.request({"op": "close", "session": self._id}, [])
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process that holds this session still serves."""
+        return self._worker.process is self._process and self._process.usable
+
     def _check_alive(self) -> None:
-        if self._worker.process is not self._process or not self._process.usable:
+        if not self.is_alive:
             raise WorkerCrashedError("the worker that held this session is gone")
 
 
@@ -210,25 +282,35 @@ class Worker:
         """
         spec = spec or SessionSpec()
         inline = [model] if isinstance(model, bytes) else []
+        provider = provider_name(spec.provider)
         head = {
             "op": "load",
             "path": None if inline else os.path.abspath(model),
-            "provider": provider_name(spec.provider),
+            "provider": provider,
             "options": [*provider_options(spec.provider), *spec.options],
             "level": spec.level,
             "threads": spec.threads,
             "custom_op_libraries": list(spec.custom_op_libraries),
+            "pinned": list(spec.pinned),
+            "strict": spec.strict and provider != "CPUExecutionProvider",
+            "placement": spec.placement,
+            "profile": spec.profile,
         }
         facts, _ = self.request(head, list(inline))
         assert self.process is not None
         return Session(self, self.process, facts)
 
-    def request(self, head: Head, parts: list[Buffer]) -> tuple[Any, list[bytearray]]:
-        """Send one request and wait for its answer; the parts of both are buffers."""
+    def request(
+        self, head: Head, parts: list[Buffer], runs: int = 1
+    ) -> tuple[Any, list[bytearray]]:
+        """Send one request and wait for its answer; the parts of both are buffers.
+
+        The time-out is that of one run, `runs` times.
+        """
         if self.process is None or not self.process.usable:
             self.close()
             self.process = _Process(self.memory_limit)
-        reply, received = self.process.exchange(head, parts, self.timeout)
+        reply, received = self.process.exchange(head, parts, self.timeout * runs)
         if "error" in reply:
             raise _named_error(reply["error"], reply["text"])
         return reply["ok"], received

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from onnxopt.manager import Observer, Pass
+    from onnxopt.validation.placement import TimeObserver
 
 
 class ValidationOptions(TypedDict, total=False):
@@ -21,7 +22,8 @@ class ValidationOptions(TypedDict, total=False):
     `seed`, `batch_size` (of an .npz), `input_shapes` (name to dims) for generated ones.
     Budget: `min_sqnr` (dB), `rtol` and `atol` (in place of the noise floor), `metric`
     ("script.py:function") with `max_drop`. `timeout` (seconds) and `memory_limit`
-    (bytes) hold for each session's worker.
+    (bytes) hold for each session's worker. `time_observer` is told which provider took
+    how much of the time (see `onnxopt.validation.placement.ProviderTime`).
     """
 
     base_dir: str | os.PathLike[str] | None
@@ -37,6 +39,7 @@ class ValidationOptions(TypedDict, total=False):
     custom_op_libraries: Sequence[str]
     timeout: float
     memory_limit: int | None
+    time_observer: TimeObserver | None
 
 
 class Options(ValidationOptions, total=False):

@@ -216,7 +216,7 @@ transform = _together(
         type=click.Choice(["raise", "rollback"]),
         default="raise",
         show_default=True,
-        help="Where validation fails: give up, or keep the edits before the wrong one.",
+        help="Where validation fails: give up, or make all edits but the wrong ones.",
     ),
     click.option(
         "--print-after",

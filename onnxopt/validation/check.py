@@ -8,6 +8,7 @@ than the CPU everything is compared with the CPU's reference along the way.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,16 +16,19 @@ import msgspec
 
 from onnxopt.data import Feeds, GeneratedFeeds
 from onnxopt.errors import ProviderError, SessionError, WorkerMemoryError
-from onnxopt.report import Check, OutputCheck, Status
+from onnxopt.report import Check, OutputCheck, Placement, Status
 from onnxopt.runtime import Level, Session, SessionSpec, Worker
+from onnxopt.validation.placement import of_session
 from onnxopt.validation.rules import Floor, Outcome, Rule, Sample, Spread
 from onnxopt.validation.samples import NumberedFeed, blamed, numbered, samples_of
 from onnxopt.validation.spread import MovedModels, SpreadMeasure
 from onnxopt.validation.ties import TieBreak
-from onnxopt.validation.verdict import Verdict, Workers, is_cpu, output_check
+from onnxopt.validation.verdict import Side, Verdict, Workers, is_cpu, output_check
 
 # Feeds on which the reference's own noise is measured.
 _NOISE_FEEDS = 8
+# A GPU is run again and again on so many feeds before anything is compared on it.
+_SELF_FEEDS, _SELF_RUNS = 2, 3
 # Two runs of one feed that differ by more than this part of the largest value are
 # random; less is a GPU that adds in another order.
 _REPEATABLE = 1e-3
@@ -77,6 +81,7 @@ class LevelCheck:
         self.cpu_spread: dict[str, Spread] = {}
         # How far two runs of one feed on the reference were apart.
         self.repeat: dict[str, list[Sample]] = {}
+        self.placements: list[Placement] = []
 
     @property
     def spec(self) -> SessionSpec:
@@ -93,6 +98,7 @@ class LevelCheck:
             reason = str(error)
             verdict.checks.append(Check(self.provider, self.level, "not_run", reason, []))
             return
+        self._place(reference, "reference")
         with contextlib.ExitStack() as stack:
             comparison = self._compare(reference, right, self._cpu_reference(stack))
         spreads = self._spreads(comparison, reference, right)
@@ -100,6 +106,10 @@ class LevelCheck:
         outputs = self._outputs(comparison, spreads)
         outputs = self._without_ties(comparison, outputs, verdict)
         self._conclude(verdict, comparison, outputs)
+
+    def _place(self, session: Session, side: Side) -> None:
+        found = of_session(session, self.provider, self.level, side)
+        self.placements += [found] if found else []
 
     def _cpu_reference(self, stack: contextlib.ExitStack) -> Session | None:
         if is_cpu(self.provider):
@@ -118,12 +128,17 @@ class LevelCheck:
         self, reference: Session, right: Worker, cpu: Session | None
     ) -> Comparison:
         comparison = Comparison()
+        if not is_cpu(self.provider):
+            self._measure_itself(comparison, reference)
         try:
             with blamed("candidate"):
                 candidate = right.load(self.question.candidate, self.spec)
-        except (SessionError, ProviderError) as error:
+        except SessionError as error:
             comparison.failure = f"cannot be loaded: {error}"
             return comparison
+        except ProviderError as error:
+            raise ProviderError(f"candidate: {error}") from error
+        self._place(candidate, "candidate")
         missing = _missing_output(reference, candidate)
         if missing is not None:
             comparison.failure = f"has no output {missing!r}"
@@ -132,6 +147,19 @@ class LevelCheck:
                 break
         candidate.close()
         return comparison
+
+    def _measure_itself(self, comparison: Comparison, reference: Session) -> None:
+        """How far the provider's own runs are apart, before anything is held to it."""
+        for at in itertools.islice(numbered(self.feeds, hard=False), _SELF_FEEDS):
+            try:
+                with blamed("reference"):
+                    first = reference.run(at.feed)
+                    more = [reference.run(at.feed) for _ in range(_SELF_RUNS)]
+            except SessionError:
+                continue  # the comparison says what it rejects
+            for again in more:
+                for name, value in first.items():
+                    self._check_repeat(comparison, name, at, value, again[name])
 
     def _compare_feed(
         self,
@@ -144,14 +172,16 @@ class LevelCheck:
         """Whether to go on."""
         try:
             with blamed("reference"):
+                self.question.refuse_to_swap("reference", self.provider, at.feed)
                 expected = reference.run(at.feed)
                 again = reference.run(at.feed) if comparison.feeds == 0 else None
-        except SessionError as error:
+        except (SessionError, WorkerMemoryError) as error:
             if at.kind == "data":
                 comparison.rejected.append(f"feed {at.index}: {error}")
-            return True
+            return reference.is_alive
         try:
             with blamed("candidate"):
+                self.question.refuse_to_swap("candidate", self.provider, at.feed)
                 found = candidate.run(at.feed, list(expected))
         except SessionError as error:
             comparison.failure = f"fails on feed {at.index} ({at.kind}): {error}"
@@ -180,7 +210,7 @@ class LevelCheck:
         two: object,
     ) -> None:
         samples = samples_of(at, one, two)
-        self.repeat[name] = samples
+        self.repeat.setdefault(name, []).extend(samples)
         for sample in samples:
             difference = sample.difference
             varies = difference.problem or (difference.exact and difference.flipped)
@@ -252,6 +282,9 @@ class LevelCheck:
                 f"the reference rejected {len(comparison.rejected)} feeds, which count "
                 f"for nothing: {comparison.rejected[0]}"
             )
+        verdict.placements += self.placements
+        if not is_cpu(self.provider):
+            verdict.note(f"{self.provider} {self.level}: {self._told_of_itself()}")
         verdict.feeds = max(verdict.feeds, comparison.feeds)
         for name, samples in comparison.samples.items():
             if told := _vacuous(samples):
@@ -263,6 +296,17 @@ class LevelCheck:
             status, reason = self._status(self.against_cpu, outputs)
             name = f"{self.provider} against cpu"
             verdict.checks.append(Check(name, self.level, status, reason, outputs))
+
+    def _told_of_itself(self) -> str:
+        """Whether the provider repeats itself; how far off it is, is in the floor."""
+        moving = [
+            name
+            for name, samples in self.repeat.items()
+            if any(s.difference.max_abs or s.difference.flipped for s in samples)
+        ]
+        if not moving:
+            return "the reference repeats itself to the last bit"
+        return f"runs of the reference differ from each other in {', '.join(moving)}"
 
     def _without_ties(
         self, comparison: Comparison, outputs: list[OutputCheck], verdict: Verdict

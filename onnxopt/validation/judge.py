@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -36,9 +37,10 @@ from onnxopt.errors import (
 )
 from onnxopt.report import Check, LevelDifference, Validation
 from onnxopt.runtime import Session, Worker, available_providers, provider_name
-from onnxopt.validation import noise
+from onnxopt.validation import noise, placement
 from onnxopt.validation.check import LevelCheck
 from onnxopt.validation.metrics import compare
+from onnxopt.validation.placement import TimeObserver
 from onnxopt.validation.samples import blamed
 from onnxopt.validation.smooth import judge_unrounded
 from onnxopt.validation.spread import MovedModels
@@ -47,6 +49,7 @@ from onnxopt.validation.verdict import (
     AbsentProviderError,
     Budget,
     Question,
+    Side,
     Verdict,
     Workers,
 )
@@ -61,6 +64,10 @@ _BINDINGS_WANTED = 4
 _MODEST_SIZE = 512
 # Feeds on which the difference between levels is measured.
 _LEVEL_FEEDS = 4
+
+
+class UnsettledError(Exception):
+    """The reference runs on no feed; the text is the reason."""
 
 
 def judge(
@@ -78,12 +85,14 @@ def judge(
     required: Collection[str] = (),
     custom_op_libraries: Sequence[str] = (),
     seed: int = 0,
+    time_observer: TimeObserver | None = None,
 ) -> Validation:
     """Judge `candidate` against `reference`, both files on disk.
 
     A reference that ONNX Runtime cannot run gives status `not_run` with the reason, as
     does a random model; a candidate that cannot run where the reference could has
-    failed (if `lossy` and it cannot even be loaded: was not run).
+    failed (if `lossy` and it cannot even be loaded: was not run). A provider in
+    `required` must run every node. `time_observer` is told where the time goes.
 
     Raises AbsentProviderError (no provider present, or a `required` one is not),
     UsageError (the budget, the user's metric), InvalidModelError (not an ONNX file), and
@@ -101,17 +110,30 @@ def judge(
         memory_limit=memory_limit,
         custom_op_libraries=tuple(custom_op_libraries),
         seed=seed,
+        required=frozenset(map(provider_name, required)),
     )
     verdict = Verdict(question)
-    wanted = dict.fromkeys([*providers, *required])
-    present = _present(verdict, list(wanted), required)
+    present = _present(verdict, _wanted(providers, required))
     with tempfile.TemporaryDirectory(prefix="onnxopt-") as folder:
         moved = MovedModels(question, _facts(question.reference), Path(folder))
         for provider in present:
-            _judge_provider(verdict, provider, feeds, moved, required)
-    if all(check.provider in verdict.absent for check in verdict.checks):
+            _judge_provider(verdict, provider, feeds, moved, time_observer)
+            _add_placement_notes(verdict, provider)
+    if all(
+        c.status == "not_run" and c.provider in verdict.absent for c in verdict.checks
+    ):
         raise AbsentProviderError(verdict.checks[0].reason or "", verdict.validation())
     return verdict.validation()
+
+
+def _wanted(providers: Sequence[str], required: Collection[str]) -> list[str]:
+    """Each provider once; one that is required may be asked for with options as well."""
+    wanted = dict.fromkeys(providers)
+    named = {provider_name(provider) for provider in wanted}
+    return [
+        *wanted,
+        *(p for p in dict.fromkeys(required) if provider_name(p) not in named),
+    ]
 
 
 def _checked(budget: Budget | None) -> Budget:
@@ -132,9 +154,7 @@ def _facts(path: Path) -> noise.Facts:
     return noise.facts(model, path)
 
 
-def _present(
-    verdict: Verdict, providers: list[str], required: Collection[str]
-) -> list[str]:
+def _present(verdict: Verdict, providers: list[str]) -> list[str]:
     """Providers that this onnxruntime lists; the others are noted as not run."""
     known = available_providers()
     absent = [p for p in providers if provider_name(p) not in known]
@@ -144,17 +164,15 @@ def _present(
             provider,
             f"{provider_name(provider)} asked for but not used: this onnxruntime offers "
             f"{', '.join(known)}",
-            required,
         )
     return [provider for provider in providers if provider not in absent]
 
 
-def _not_used(
-    verdict: Verdict, provider: str, reason: str, required: Collection[str]
-) -> None:
+def _not_used(verdict: Verdict, provider: str, reason: str) -> None:
     verdict.not_run(provider, reason)
     verdict.absent.add(provider)
-    if provider in required:
+    _add_placement_notes(verdict, provider)
+    if verdict.question.is_required(provider):
         raise AbsentProviderError(reason, verdict.validation())
 
 
@@ -163,26 +181,50 @@ def _judge_provider(
     provider: str,
     feeds: Feeds,
     moved: MovedModels,
-    required: Collection[str],
+    time_observer: TimeObserver | None,
 ) -> None:
     question = verdict.question
     with question.worker() as left, question.worker() as right:
         workers = Workers(left, right)
         try:
             settled = _settle(verdict, left, provider, feeds)
+            _judge_settled(verdict, workers, provider, settled, moved)
         except ProviderError as error:
             # Listed by onnxruntime, yet its sessions run elsewhere: no usable GPU.
-            _not_used(verdict, provider, str(error), required)
+            _not_used(verdict, provider, str(error))
             return
-        except (SessionError, WorkerMemoryError) as error:
+        except UnsettledError as error:
             verdict.not_run(provider, str(error))
             return
-        for level in LEVELS:
-            LevelCheck(moved, workers, provider, level, settled).into(verdict)
-        judge_unrounded(verdict, workers, provider, settled, moved)
-        _add_level_differences(verdict, workers, provider, settled)
-        if question.budget.metric is not None:
-            _judge_metric(verdict, workers, provider, question.budget.metric)
+        placement.Profiler(verdict, workers, provider, time_observer).run(settled)
+
+
+def _judge_settled(
+    verdict: Verdict, workers: Workers, provider: str, feeds: Feeds, moved: MovedModels
+) -> None:
+    """All checks of one provider, on feeds that the reference accepts."""
+    for level in LEVELS:
+        LevelCheck(moved, workers, provider, level, feeds).into(verdict)
+    judge_unrounded(verdict, workers, provider, feeds, moved)
+    _add_level_differences(verdict, workers, provider, feeds)
+    metric = verdict.question.budget.metric
+    if metric is not None:
+        _judge_metric(verdict, workers, provider, metric)
+
+
+def _add_placement_notes(verdict: Verdict, provider: str) -> None:
+    """What ran elsewhere, and what becomes of int8 there."""
+    mine = [p for p in verdict.placements if p.provider == provider]
+    question = verdict.question
+    models: dict[Side, Path] = {
+        "reference": question.reference,
+        "candidate": question.candidate,
+    }
+    for text in (
+        *placement.fallback_notes(mine),
+        *placement.int8_notes(provider, models, mine),
+    ):
+        verdict.note(text)
 
 
 # --- feeds that run -----------------------------------------------------------------
@@ -191,16 +233,20 @@ def _judge_provider(
 def _settle(verdict: Verdict, worker: Worker, provider: str, feeds: Feeds) -> Feeds:
     """Feeds that the reference accepts: sizes of symbolic dims are found by trying.
 
-    Raises SessionError where the reference cannot be loaded at either level or rejects
+    Raises UnsettledError where the reference cannot be loaded at either level or rejects
     all that was tried, ProviderError where its session would run elsewhere.
     """
-    with blamed("reference"):
-        session = _load_at_any_level(verdict.question, worker, provider)
-        if not isinstance(feeds, GeneratedFeeds):
+    try:
+        with blamed("reference"):
+            session = _load_at_any_level(verdict.question, worker, provider)
+            if not isinstance(feeds, GeneratedFeeds):
+                session.close()
+                return feeds
+            reference = _Reference(verdict.question, provider, session)
+            bindings = _bindings_that_run(reference, feeds)
             session.close()
-            return feeds
-        bindings = _bindings_that_run(session, feeds)
-        session.close()
+    except (SessionError, WorkerMemoryError) as error:
+        raise UnsettledError(str(error)) from error
     if bindings[0]:
         sizes = "; ".join(_binding_text(binding) for binding in bindings)
         verdict.note(f"sizes of symbolic dims in the generated feeds: {sizes}")
@@ -222,7 +268,25 @@ def _binding_text(binding: Binding) -> str:
     return ", ".join(f"{symbol}={size}" for symbol, size in binding.items())
 
 
-def _bindings_that_run(session: Session, feeds: GeneratedFeeds) -> list[Binding]:
+@dataclass
+class _Reference:
+    """The reference's session, and what says whether it may run on a feed."""
+
+    question: Question
+    provider: str
+    session: Session
+
+    def refusal(self, feed: Feed) -> SessionError | None:
+        """Why ONNX Runtime rejects the feed. Raises WorkerMemoryError before it swaps."""
+        self.question.refuse_to_swap("reference", self.provider, feed)
+        try:
+            self.session.run(feed)
+        except SessionError as error:
+            return error
+        return None
+
+
+def _bindings_that_run(reference: _Reference, feeds: GeneratedFeeds) -> list[Binding]:
     """Up to four bindings, with more than one sample in one of them if that runs."""
     found: list[Binding] = []
     refusal: WorkerError | None = None
@@ -231,11 +295,11 @@ def _bindings_that_run(session: Session, feeds: GeneratedFeeds) -> list[Binding]
             large = max(binding.values(), default=0) > _MODEST_SIZE
             if len(found) == _BINDINGS_WANTED or (found and large):
                 break
-            error = _refusal(session, feeds.feed(0, binding))
+            error = reference.refusal(feeds.feed(0, binding))
             refusal = refusal or error
             found += [] if error else [binding]
         if found:
-            return [*_more_samples(session, feeds, found), *found][:_BINDINGS_WANTED]
+            return [*_more_samples(reference, feeds, found), *found][:_BINDINGS_WANTED]
     except WorkerError as error:
         # Some size took all memory or time: those before it will do.
         if not found:
@@ -246,22 +310,14 @@ def _bindings_that_run(session: Session, feeds: GeneratedFeeds) -> list[Binding]
 
 
 def _more_samples(
-    session: Session, feeds: GeneratedFeeds, found: list[Binding]
+    reference: _Reference, feeds: GeneratedFeeds, found: list[Binding]
 ) -> list[Binding]:
     """The same sizes with two or three samples, where every one found has one."""
     larger = [batched(feeds.inputs, found[0], size) for size in (2, 3)]
     if any(binding in found for binding in larger):
         return []
-    running = (b for b in larger if _refusal(session, feeds.feed(0, b)) is None)
+    running = (b for b in larger if reference.refusal(feeds.feed(0, b)) is None)
     return [binding for binding in [next(running, None)] if binding]
-
-
-def _refusal(session: Session, feed: Feed) -> SessionError | None:
-    try:
-        session.run(feed)
-    except SessionError as error:
-        return error
-    return None
 
 
 # --- beside the checks --------------------------------------------------------------

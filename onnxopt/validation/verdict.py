@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,17 +11,20 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
+from onnxopt.data.inputs import Feed
 from onnxopt.errors import ProviderError
 from onnxopt.report import (
     Check,
     LevelDifference,
     Metric,
     OutputCheck,
+    Placement,
     Status,
     Validation,
 )
 from onnxopt.runtime import Level, SessionSpec, Worker, provider_name
 from onnxopt.validation import noise
+from onnxopt.validation.footprint import Footprint, limit
 from onnxopt.validation.metrics import Allowance, Difference
 from onnxopt.validation.rules import (
     LOSSY_FLOOR_DB,
@@ -95,6 +99,7 @@ class Question:
     memory_limit: int | None = None
     custom_op_libraries: tuple[str, ...] = ()
     seed: int = 0
+    required: frozenset[str] = frozenset()
 
     @property
     def exact(self) -> bool:
@@ -115,7 +120,29 @@ class Question:
             threads=self.threads if threads is None else threads,
             options=_UNPACKED if self._is_exact(provider, level) else (),
             custom_op_libraries=self.custom_op_libraries,
+            strict=self.is_required(provider),
+            placement=True,
         )
+
+    def is_required(self, provider: str) -> bool:
+        """Whether nothing may run elsewhere; `required` holds full names."""
+        return provider_name(provider) in self.required
+
+    @functools.cached_property
+    def _footprints(self) -> dict[Side, Footprint]:
+        return {
+            "reference": Footprint(self.reference),
+            "candidate": Footprint(self.candidate),
+        }
+
+    def refuse_to_swap(self, side: Side, provider: str, feed: Feed) -> None:
+        """Raise WorkerMemoryError where a run would take more memory than it may.
+
+        Only known on the CPU: a GPU has memory of its own.
+        """
+        if is_cpu(provider):
+            most = limit(self.memory_limit)
+            self._footprints[side].refuse_above(most, feed)
 
     def _is_exact(self, provider: str, level: Level) -> bool:
         return self.bitwise and level == "disable_all" and is_cpu(provider)
@@ -176,6 +203,7 @@ class Verdict:
         self.question = question
         self.checks: list[Check] = []
         self.differences: list[LevelDifference] = []
+        self.placements: list[Placement] = []
         self.notes: list[str] = []
         self.absent: set[str] = set()
         self.feeds = 0
@@ -186,9 +214,11 @@ class Verdict:
             self.notes.append(text)
 
     def not_run(self, provider: str, reason: str) -> None:
-        """Both levels of a provider, not run for one reason."""
+        """The levels of a provider without a check, not run for one reason."""
+        judged = {c.level for c in self.checks if c.provider == provider}
         for level in LEVELS:
-            self.checks.append(Check(provider, level, "not_run", reason, []))
+            if level not in judged:
+                self.checks.append(Check(provider, level, "not_run", reason, []))
 
     def validation(self) -> Validation:
         """The verdict on the whole."""
@@ -202,6 +232,7 @@ class Verdict:
             checks=self.checks,
             level_differences=self.differences,
             notes=self.notes,
+            placements=self.placements,
         )
 
 
