@@ -16,6 +16,7 @@ from onnxopt._version import __version__
 
 if TYPE_CHECKING:
     from onnxopt.api import Result, optimize, shrink, simplify, validate
+    from onnxopt.differences import Differences, diff
     from onnxopt.errors import (
         InvalidModelError,
         OnnxoptError,
@@ -26,12 +27,14 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from onnxopt.inspection import Inspection, inspect
+    from onnxopt.latency import Bench, bench
     from onnxopt.report import Report, Validation
 
 logging.getLogger("onnxopt").addHandler(logging.NullHandler())
 
 _HOMES = {
     "onnxopt.api": ("Result", "optimize", "shrink", "simplify", "validate"),
+    "onnxopt.differences": ("Differences", "diff"),
     "onnxopt.errors": (
         "InvalidModelError",
         "OnnxoptError",
@@ -42,11 +45,14 @@ _HOMES = {
         "WorkerError",
     ),
     "onnxopt.inspection": ("Inspection", "inspect"),
+    "onnxopt.latency": ("Bench", "bench"),
     "onnxopt.report": ("Report", "Validation"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Bench",
+    "Differences",
     "Inspection",
     "InvalidModelError",
     "OnnxoptError",
@@ -59,6 +65,8 @@ __all__ = [
     "ValidationError",
     "WorkerError",
     "__version__",
+    "bench",
+    "diff",
     "inspect",
     "optimize",
     "shrink",

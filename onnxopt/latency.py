@@ -9,9 +9,11 @@ both sides of a pair, and a ratio is taken within each pair before anything is a
 
 A process is faster or slower for all of its life by how its memory happens to lie: the
 same model, started twice, is often 0.5 % apart however long one measures. So the workers
-are started anew again and again, and the interval comes from a bootstrap over starts. A
-difference is reported where the interval of 95 % lies on one side of 1; anything less
-is "no difference".
+are started anew again and again, in alternating order too; the ratios of a start become
+one, their median, and the interval comes from a bootstrap over starts. A difference is
+reported where the interval of 95 % lies on one side of 1; anything less is "no
+difference". (Ratios drawn without regard to their starts, or pooled from the starts that
+were drawn, find a difference between equal models in up to 12 % of trials.)
 
 Times are no facts of a model: they never go into a report.
 """
@@ -27,7 +29,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import msgspec
 import numpy as np
@@ -60,9 +62,10 @@ _USUAL_SIZE = 224
 
 
 class Ratio(msgspec.Struct, frozen=True):
-    """The time of a model over that of the first: the median over pairs of blocks.
+    """The time of a model over that of the first: the median over starts.
 
-    [`low`, `high`] is its bootstrap interval of 95 %.
+    What a start says is the median over its pairs of blocks. [`low`, `high`] is the
+    bootstrap interval of 95 %.
     """
 
     value: float
@@ -126,8 +129,10 @@ class Timer(Protocol):
         """Seconds of `runs` runs after `warmup` others."""
 
 
-Start = Callable[[], AbstractContextManager[Sequence[Timer]]]
-"""Fresh timers of the models, one each, for as long as the context lasts."""
+Start = Callable[[int], AbstractContextManager[Sequence[Timer]]]
+"""Fresh timers of the models, one each in their order, for as long as the context lasts.
+
+It is told the number of the start."""
 
 
 @dataclass(frozen=True)
@@ -167,20 +172,21 @@ def bench(
     `data` as everywhere (see `onnxopt.data`), for the inputs of the first model; made up
     without it, at `batch_size` samples (1) and `input_shapes`. `threads` work inside an
     operator, and on Linux the CPU provider is pinned to as many CPUs. `clock` is "cpu"
-    on the CPU provider and "wall" elsewhere. `rounds` blocks a model (at least 6), of
-    `runs` runs (as many as take about 0.1 s without it), in `starts` processes (one for
-    every two rounds; with 1, how processes differ is not in the interval). `timeout`
-    (seconds) holds for each load and each run, `memory_limit` (bytes) for each worker.
+    for one thread on the CPU provider and "wall" elsewhere: CPU seconds add up over
+    threads, and say nothing of how long one waits. `rounds` blocks a model (at least 6),
+    of `runs` runs (as many as the fastest does in about 0.1 s without it), in `starts`
+    processes (one for every two rounds; with 1, how processes differ is not in the
+    interval). `timeout` (seconds) holds for each load and each run (a block has its runs'
+    time-outs together), `memory_limit` (bytes) for each worker.
 
     Raises UsageError, InvalidModelError, ProviderError, and a WorkerError that names the
     model whose worker failed.
     """
     sources = _listed(models)
     starts = _starts(rounds, starts)
-    if runs is not None and runs < 1:
-        raise UsageError("a block needs at least 1 run")
+    _check_choices(level, clock, threads, runs)
     on_cpu = provider_name(provider) == "CPUExecutionProvider"
-    chosen: Clock = clock or ("cpu" if on_cpu else "wall")
+    chosen: Clock = clock or ("cpu" if on_cpu and threads == 1 else "wall")
     spec = SessionSpec(
         provider,
         level,
@@ -194,9 +200,9 @@ def bench(
             _Opened.of(source, base_dir, Path(name), index)
             for index, source in enumerate(sources)
         ]
-        feeds = _feeds(opened[0].inputs, data, seed, batch_size, input_shapes)
+        feeds = _feeds(opened[0].proto, data, seed, batch_size, input_shapes)
         fleet = _Fleet(opened, spec, timeout, memory_limit)
-        with fleet.started() as lanes:
+        with fleet.started(0) as lanes:
             facts = [(lane.name, lane.session) for lane in lanes]
             feeds, told = _that_run(feeds, lanes, batch_size)
             count = runs or runs_a_block(lanes, next(_endless(feeds)))
@@ -240,14 +246,14 @@ def take_turns(start: Start, feeds: feeding.Feeds, plan: Plan) -> list[list[Time
     rounds: list[list[Times]] = []
     endless = _endless(feeds)
     for number in range(plan.starts):
-        with start() as timers:
-            feed = next(endless)
-            for timer in timers:
-                timer.time(feed, 1, 2)
+        with start(number) as timers:
+            warm = False
             while len(rounds) < plan.rounds and plan.start_of(len(rounds)) == number:
-                backwards = len(rounds) % 2 == 1
-                rounds.append(_one_round(timers, feed, plan.runs, backwards))
                 feed = next(endless)
+                for timer in () if warm else timers:
+                    timer.time(feed, 1, 2)
+                warm, backwards = True, len(rounds) % 2 == 1
+                rounds.append(_one_round(timers, feed, plan.runs, backwards))
     return [list(row) for row in zip(*rounds, strict=True)]
 
 
@@ -314,15 +320,18 @@ def compare(
 ) -> Ratio:
     """The second time of each pair over its first: the median ratio and its interval.
 
-    `starts` numbers the start that each pair belongs to; what belongs together is drawn
-    together. Without it each pair stands alone. Seeded, so that equal times give an
-    equal answer. A difference whose interval holds 1 is none, however large it looks.
+    `starts` numbers the start that each pair belongs to: a start counts as one, with the
+    median of its ratios. Without it each pair stands alone. Seeded, so that equal times
+    give an equal answer. A difference whose interval holds 1 is none, however large it
+    looks.
     """
     # A clock that did not move says nothing: two such blocks are equal.
     tick = 1e-9
     ratios = np.array([(second + tick) / (first + tick) for first, second in pairs])
-    groups = np.arange(len(ratios)) if starts is None else np.array(starts)
-    low, high = _interval(ratios, groups, seed)
+    if starts is not None:
+        groups = np.array(starts)
+        ratios = np.array([np.median(ratios[groups == g]) for g in np.unique(groups)])
+    low, high = _interval(ratios, seed)
     verdict: Outcome = "no difference"
     if high < 1:
         verdict = "faster"
@@ -331,23 +340,18 @@ def compare(
     return Ratio(float(np.median(ratios)), low, high, verdict)
 
 
-def _interval(ratios: Array, groups: Array, seed: int) -> tuple[float, float]:
-    """The bootstrap interval of the median, with whole groups drawn."""
-    members = [ratios[groups == group] for group in np.unique(groups)]
-    table = np.full((len(members), max(map(len, members))), np.nan)
-    for row, values in zip(table, members, strict=True):
-        row[: len(values)] = values
-    draws = np.random.default_rng(seed).integers(0, len(table), (_DRAWS, len(table)))
-    medians = np.nanmedian(table[draws].reshape(_DRAWS, -1), axis=1)
-    tail = _tail(len(table))
-    low, high = np.quantile(medians, [tail, 1 - tail])
+def _interval(values: Array, seed: int) -> tuple[float, float]:
+    """The bootstrap interval of the median of independent `values`."""
+    draws = np.random.default_rng(seed).choice(values, (_DRAWS, len(values)))
+    tail = _tail(len(values))
+    low, high = np.quantile(np.median(draws, axis=1), [tail, 1 - tail])
     return float(low), float(high)
 
 
 def _tail(count: int) -> float:
-    """What to cut off at each end of the draws of `count` groups.
+    """What to cut off at each end of the draws of `count` values.
 
-    Less than 2.5 %, since few groups spread less than what they are drawn from: the
+    Less than 2.5 %, since few values spread less than what they are drawn from: the
     expanded percentile interval of https://arxiv.org/abs/1411.5279, with Student's t
     by its expansion in 1 / (count - 1).
     """
@@ -369,12 +373,11 @@ def _median(values: Iterable[float]) -> float:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A model on disk: what it is called, its file, what it takes."""
+    """A model on disk: what it is called, its file, and its structure."""
 
     name: str
     path: Path
     proto: ModelProto
-    inputs: list[feeding.InputSpec]
 
     @classmethod
     def of(
@@ -394,7 +397,7 @@ class _Opened:
             path = folder / f"model_{index}.onnx"
             stage(model, path).commit()
         model.weights.close()
-        return cls(name, path, model.proto, feeding.input_specs(model.proto))
+        return cls(name, path, model.proto)
 
 
 @dataclass(frozen=True)
@@ -439,25 +442,46 @@ class _Fleet:
     memory_limit: int | None
 
     @contextlib.contextmanager
-    def started(self) -> Iterator[list[_Lane]]:
-        """Every model in a worker of its own, which ends with the context."""
+    def started(self, number: int) -> Iterator[list[_Lane]]:
+        """Every model in a worker of its own, which ends with the context.
+
+        Every other start loads the last model first: who comes second may find memory
+        in another state.
+        """
+        order = list(range(len(self.models)))
+        lanes: dict[int, _Lane] = {}
         with contextlib.ExitStack() as stack:
-            lanes = []
-            for model in self.models:
+            for index in reversed(order) if number % 2 else order:
                 worker = Worker(timeout=self.timeout, memory_limit=self.memory_limit)
-                lanes.append(_Lane.load(model, stack.enter_context(worker), self.spec))
-            yield lanes
+                stack.enter_context(worker)
+                lanes[index] = _Lane.load(self.models[index], worker, self.spec)
+            yield [lanes[index] for index in order]
 
 
 def _listed(models: Any) -> list[Source]:
     """The sources; one alone is a list of one. Raises UsageError for none."""
-    single = isinstance(models, str | os.PathLike | ModelProto) or hasattr(
-        models, "nodes"
-    )
+    single = isinstance(models, str | os.PathLike) or not isinstance(models, Iterable)
     sources = [models] if single else list(models)
     if not sources:
         raise UsageError("there is no model to time")
     return sources
+
+
+def _check_choices(
+    level: Level, clock: Clock | None, threads: int, runs: int | None
+) -> None:
+    """Raise UsageError, before any work, for what cannot be asked for."""
+    for name, value, known in (
+        ("level", level, get_args(Level)),
+        ("clock", clock, (None, *get_args(Clock))),
+    ):
+        if value not in known:
+            told = ", ".join(filter(None, known))
+            raise UsageError(f"{name} {value!r} is unknown: use {told}")
+    if threads < 1:
+        raise UsageError("at least 1 thread is needed")
+    if runs is not None and runs < 1:
+        raise UsageError("a block needs at least 1 run")
 
 
 def _starts(rounds: int, starts: int | None) -> int:
@@ -491,15 +515,11 @@ def _cpus(threads: int) -> tuple[int, ...]:
 
     Raises UsageError where there are fewer: threads would wait for each other.
     """
-    if threads < 1:
-        raise UsageError("at least 1 thread is needed")
-    if not hasattr(os, "sched_getaffinity"):
-        return ()
-    allowed = sorted(os.sched_getaffinity(0))
-    if threads > len(allowed):
-        raise UsageError(
-            f"{threads} threads, but only {len(allowed)} CPUs to run them on"
-        )
+    can_choose = hasattr(os, "sched_getaffinity")
+    allowed = sorted(os.sched_getaffinity(0)) if can_choose else []
+    count = len(allowed) if can_choose else os.cpu_count() or threads
+    if threads > count:
+        raise UsageError(f"{threads} threads, but only {count} CPUs to run them on")
     return tuple(sorted(sorted(allowed, key=_place_in_core)[:threads]))
 
 
@@ -507,26 +527,35 @@ def _place_in_core(cpu: int) -> int:
     """0 for the first hardware thread of a core: whole cores are taken first."""
     file = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
     try:
-        siblings = [int(part) for part in file.read_text().replace("-", ",").split(",")]
+        return _siblings(file.read_text()).index(cpu)
     except (OSError, ValueError):
         return 0
-    return siblings.index(cpu) if cpu in siblings else 0
+
+
+def _siblings(text: str) -> list[int]:
+    """CPUs as the kernel lists them: "0-3,8" is 0, 1, 2, 3, 8. Raises ValueError."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
 
 
 # ---- feeds ----
 
 
 def _feeds(
-    inputs: Sequence[feeding.InputSpec],
+    first: ModelProto,
     data: Any,
     seed: int,
     batch_size: int | None,
     shapes: Mapping[str, Sequence[int]] | None,
 ) -> feeding.Feeds:
     """The user's feeds, else made-up ones, for the inputs of the first model."""
+    inputs = feeding.input_specs(first)
     if data is not None:
         return feeding.load_feeds(data, inputs, batch_size)
-    made = feeding.generate_feeds(inputs, seed=seed, shapes=shapes)
+    made = feeding.generate_feeds(inputs, model=first, seed=seed, shapes=shapes)
     if batch_size is not None and not batched(made.inputs, {}, batch_size):
         fixed = {spec.shape[0] for spec in made.inputs if spec.shape}
         if fixed != {batch_size}:
@@ -541,9 +570,13 @@ def _that_run(
 ) -> tuple[feeding.Feeds, str]:
     """The feeds, made-up ones at sizes that every model accepts, and words for them.
 
-    Raises SessionError where no size will do.
+    One run of each model alone comes first, so that one that hangs is found within one
+    time-out. Raises SessionError where no size will do.
     """
     if not isinstance(feeds, feeding.GeneratedFeeds):
+        feed = next(_endless(feeds))
+        for lane in lanes:
+            lane.time(feed, 1)
         return feeds, feeds.source
     refusal: SessionError | None = None
     for binding in sorted(feeding.candidate_bindings(feeds.inputs), key=_oddity):

@@ -113,6 +113,54 @@ def inspect(source: str, json_to: str | None, verbose: int) -> int:
 
 
 @cli.command()
+@options.model_arguments("models", "IN...")
+@options.json_to
+@options.measurement
+def bench(
+    models: tuple[str, ...], json_to: str | None, verbose: int, **given: Any
+) -> int:
+    """Time models in turns, and say which is faster than the first.
+
+    Less than what the noise explains is "no difference".
+    """
+    from onnxopt.cli import describe_compare, terminal
+    from onnxopt.cli.document import Document
+    from onnxopt.latency import bench as measure
+    from onnxopt.report import as_json
+
+    asked = {key: value for key, value in given.items() if value is not None}
+    with Document(json_to) as document:
+        found = measure(models, asked.pop("data", None), **asked)
+        document.write(as_json(found))
+    if not document.to_stdout:
+        terminal.show(describe_compare.bench(found, verbose))
+    return 0
+
+
+@cli.command()
+@options.model_argument("first", "A")
+@options.model_argument("second", "B")
+@options.json_to
+def diff(first: str, second: str, json_to: str | None, verbose: int) -> int:
+    """Say in what two models differ: exit code 0 where in nothing, else 1.
+
+    Nodes, weights, inputs and outputs, metadata. Where a file keeps its weights is no
+    difference.
+    """
+    from onnxopt.cli import describe_compare, terminal
+    from onnxopt.cli.document import Document
+    from onnxopt.differences import diff as compare
+    from onnxopt.report import as_json
+
+    with Document(json_to) as document:
+        found = compare(first, second)
+        document.write(as_json(found))
+    if not document.to_stdout:
+        terminal.show(describe_compare.differences(found, verbose))
+    return 0 if found.equal else 1
+
+
+@cli.command()
 @options.json_to
 def passes(json_to: str | None, verbose: int) -> int:
     """List the passes with their parameters, and the pipelines."""

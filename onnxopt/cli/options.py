@@ -64,13 +64,61 @@ def model_argument(name: str, label: str) -> Decorator[Any]:
     return click.argument(name, type=kind, metavar=label)
 
 
+def model_arguments(name: str, label: str) -> Decorator[Any]:
+    """One or more model files that are there."""
+    kind = click.Path(exists=True, dir_okay=False)
+    return click.argument(name, type=kind, metavar=label, nargs=-1, required=True)
+
+
+_data = click.option(
+    "--data",
+    metavar="SPEC",
+    help="Feeds: file.npz, a folder of .npz, an ONNX test_data_set_* folder, or "
+    "script.py:function. Made up (seeded) without it.",
+)
+
+_seed = click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Seed of made-up feeds.",
+)
+
+_batch_size = click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Samples a feed: of an .npz file; in bench of made-up feeds too.",
+)
+
+_input_shapes = click.option(
+    "--input-shape",
+    "input_shapes",
+    multiple=True,
+    callback=_shapes,
+    metavar="NAME:DIMS",
+    help="Shape of an input's made-up feeds, as in x:1,3,224,224. Repeatable.",
+)
+
+_custom_op_libraries = click.option(
+    "--custom-op-library",
+    "custom_op_libraries",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="SO",
+    help="Load custom operators, in the worker only. Repeatable.",
+)
+
+_timeout = click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="For each load and each run of a model in ONNX Runtime (600).",
+)
+
 validation = _together(
-    click.option(
-        "--data",
-        metavar="SPEC",
-        help="Feeds: file.npz, a folder of .npz, an ONNX test_data_set_* folder, or "
-        "script.py:function. Made up (seeded) without it.",
-    ),
+    _data,
     click.option(
         "--provider",
         "providers",
@@ -86,27 +134,9 @@ validation = _together(
         metavar="P",
         help="A provider that must be there: exit code 4 where it is not. Repeatable.",
     ),
-    click.option(
-        "--seed",
-        type=click.IntRange(min=0),
-        default=0,
-        show_default=True,
-        help="Seed of made-up feeds.",
-    ),
-    click.option(
-        "--batch-size",
-        type=click.IntRange(min=1),
-        metavar="N",
-        help="Samples a feed, of an .npz file.",
-    ),
-    click.option(
-        "--input-shape",
-        "input_shapes",
-        multiple=True,
-        callback=_shapes,
-        metavar="NAME:DIMS",
-        help="Shape of an input's made-up feeds, as in x:1,3,224,224. Repeatable.",
-    ),
+    _seed,
+    _batch_size,
+    _input_shapes,
     click.option(
         "--min-sqnr",
         type=float,
@@ -134,20 +164,8 @@ validation = _together(
         metavar="X",
         help="Budget: by how much the metric may drop (absolute).",
     ),
-    click.option(
-        "--custom-op-library",
-        "custom_op_libraries",
-        multiple=True,
-        type=click.Path(exists=True, dir_okay=False),
-        metavar="SO",
-        help="Load custom operators, in the worker only. Repeatable.",
-    ),
-    click.option(
-        "--timeout",
-        type=click.FloatRange(min=0, min_open=True),
-        metavar="SECONDS",
-        help="For each load and each run of a model in ONNX Runtime (600).",
-    ),
+    _custom_op_libraries,
+    _timeout,
 )
 
 _report = click.option(
@@ -236,6 +254,70 @@ transform = _together(
         "--verify-each",
         is_flag=True,
         help="Check the graph and run it in ONNX Runtime after each pass.",
+    ),
+)
+
+measurement = _together(
+    click.option(
+        "--provider",
+        default="cpu",
+        show_default=True,
+        metavar="P",
+        help="Execution provider (cpu, cuda, tensorrt, ...), with options as in "
+        "cuda:device_id=1.",
+    ),
+    click.option(
+        "--level",
+        type=click.Choice(["enable_all", "disable_all"]),
+        default="enable_all",
+        show_default=True,
+        help="How far ONNX Runtime optimizes; deployment runs enable_all.",
+    ),
+    click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        metavar="N",
+        help="Threads in an operator; on Linux the CPU provider is pinned to N CPUs.",
+    ),
+    click.option(
+        "--clock",
+        type=click.Choice(["wall", "cpu"]),
+        help="What is compared; without it cpu for one thread on the CPU, else wall.",
+    ),
+    click.option(
+        "--rounds",
+        type=int,
+        default=20,
+        show_default=True,
+        metavar="N",
+        help="Blocks of runs of each model, which take turns.",
+    ),
+    click.option(
+        "--starts",
+        type=int,
+        metavar="N",
+        help="Processes of each model, one after the other; one every two rounds "
+        "without it.",
+    ),
+    click.option(
+        "--runs",
+        type=int,
+        metavar="N",
+        help="Runs in a block; without it what the fastest model does in 0.1 s.",
+    ),
+    _data,
+    _seed,
+    _batch_size,
+    _input_shapes,
+    _custom_op_libraries,
+    _timeout,
+    click.option(
+        "--memory-limit",
+        type=click.IntRange(min=1),
+        metavar="BYTES",
+        help="Of each model's process, above what it takes without a model.",
     ),
 )
 

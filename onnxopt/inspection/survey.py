@@ -146,8 +146,8 @@ def _inspect(model: Model, source: Source) -> Inspection:
         metadata={entry.key: entry.value for entry in proto.metadata_props},
         bytes=Pair(size, sum(external.values())),
         external_data=external,
-        inputs=[_value(info) for info in proto.graph.input],
-        outputs=[_value(info) for info in proto.graph.output],
+        inputs=[value_of(info) for info in proto.graph.input],
+        outputs=[value_of(info) for info in proto.graph.output],
         nodes=cost.nodes(model),
         parameters=cost.parameters(model),
         macs=cost.macs(model),
@@ -184,7 +184,8 @@ def _function(function: object) -> str:
     return f"{domain}::{name}" + (f":{overload}" if overload else "")
 
 
-def _value(info: ValueInfoProto) -> Value:
+def value_of(info: ValueInfoProto) -> Value:
+    """An input, an output or a value in between, in words."""
     words, tensor = _type(info.type)
     shape = dims_of(tensor) if tensor is not None else None
     return Value(info.name, words, list(shape) if shape is not None else None)
@@ -324,4 +325,5 @@ __all__ = [
     "Value",
     "Weight",
     "inspect",
+    "value_of",
 ]
