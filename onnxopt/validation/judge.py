@@ -39,6 +39,7 @@ from onnxopt.report import Check, LevelDifference, Validation
 from onnxopt.runtime import Session, Worker, available_providers, provider_name
 from onnxopt.validation import noise, placement
 from onnxopt.validation.check import LevelCheck
+from onnxopt.validation.inside import judge_inside
 from onnxopt.validation.metrics import compare
 from onnxopt.validation.placement import TimeObserver
 from onnxopt.validation.samples import blamed
@@ -206,6 +207,7 @@ def _judge_settled(
     for level in LEVELS:
         LevelCheck(moved, workers, provider, level, feeds).into(verdict)
     judge_unrounded(verdict, workers, provider, feeds, moved)
+    judge_inside(verdict, workers, provider, feeds, moved)
     _add_level_differences(verdict, workers, provider, feeds)
     metric = verdict.question.budget.metric
     if metric is not None:

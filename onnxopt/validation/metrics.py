@@ -152,10 +152,21 @@ def _plain(array: np.ndarray) -> np.ndarray:
 
 def _compare_exact(dtype: str, a: np.ndarray, b: np.ndarray) -> Difference:
     flipped = int(np.count_nonzero(a != b))
+    if a.dtype.kind not in "iu":
+        return Difference(dtype, exact=True, count=a.size, flipped=flipped)
+    signal, noise, _ = _sums(a, b, np.ones(a.shape, dtype=bool))
     far = 0.0
-    if flipped and a.dtype.kind in "iu":
+    if flipped:
         far = float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max())
-    return Difference(dtype, exact=True, count=a.size, flipped=flipped, max_abs=far)
+    return Difference(
+        dtype,
+        exact=True,
+        count=a.size,
+        flipped=flipped,
+        max_abs=far,
+        signal=signal,
+        noise=noise,
+    )
 
 
 def _compare_floats(

@@ -225,8 +225,9 @@ class Ratio:
             return Outcome(reason, self.decibels)
         if self.decibels is None or not data:
             return Outcome(None, None)
-        typical = float(np.mean([s.difference.signal for s in data]))
-        for sample in data:
+        rounded = [s for s in data if not s.difference.exact]
+        typical = float(np.mean([s.difference.signal for s in rounded] or [0.0]))
+        for sample in rounded:
             # A feed on which the output is all but zero is judged as the others are.
             signal = max(sample.difference.signal, 1e-6 * typical)
             found = sqnr_db(signal, sample.difference.noise)
@@ -345,14 +346,21 @@ class Floor:
         )
 
     def _mean(self, samples: Sequence[Sample], spread: Spread) -> str | None:
-        """On quantized models: the mean noise too, over all feeds."""
+        """On quantized models: the mean noise too, over all feeds.
+
+        Of floats and of codes; integers of 64 bits are indices, and those that differ
+        can be any distance apart.
+        """
         data = [
-            s.difference for s in samples if s.kind == "data" and not s.difference.exact
+            s.difference
+            for s in samples
+            if s.kind == "data" and (not s.difference.exact or _is_code(s.difference))
         ]
         signal, noise = sum(d.signal for d in data), sum(d.noise for d in data)
         dtype = data[0].dtype if data else "float32"
         usual = math.sqrt(spread.mean_square())
-        allowed = max(self.bound(dtype), MEAN_FACTOR * usual)
+        own = 0.0 if data and data[0].exact else self.bound(dtype)
+        allowed = max(own, MEAN_FACTOR * usual)
         found = math.sqrt(noise / signal) if signal else 0.0
         if found <= allowed:
             return None
@@ -393,6 +401,10 @@ def _worst_slice(part: Slices, allowed: np.ndarray, sample: Sample) -> str | Non
         f"{sample.where} (the largest value there is {part.scale[worst]:.3g}; "
         f"{allowed[worst]:.3g} is within rounding)"
     )
+
+
+def _is_code(difference: Difference) -> bool:
+    return difference.exact and "int" in difference.dtype and "64" not in difference.dtype
 
 
 def _tiny(dtype: str) -> float:

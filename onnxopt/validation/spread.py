@@ -38,8 +38,16 @@ _CHEAP_COPY = 1 << 27
 class MovedModels:
     """Copies of the reference with moved weights, made when first asked for."""
 
-    def __init__(self, question: Question, facts: noise.Facts, folder: Path) -> None:
+    def __init__(
+        self,
+        question: Question,
+        facts: noise.Facts,
+        folder: Path,
+        ladder: tuple[int, ...] | None = None,
+    ) -> None:
+        """`ladder`: units in the last place to move by, the next where nothing moves."""
         self.question, self.facts, self.folder = question, facts, folder
+        self.ladder = ladder or (_ULPS_QUANTIZED if facts.quantized else _ULPS)
 
     def path(self, ulps: int, seed: int) -> Path:
         """The copy; the reference itself where it is too large, or has no weights."""
@@ -87,8 +95,8 @@ class SpreadMeasure:
         for name in names:
             for sample in repeat.get(name, ()):
                 spreads[name].add(sample)
-        quantized = self.moved.facts.quantized
-        for self.ulps in _ULPS_QUANTIZED if quantized else _ULPS:
+        for ulps in self.moved.ladder:
+            self.ulps = ulps
             self._move(spreads, wanted, _SEEDS)
             if any(spread.moved for spread in spreads.values()):
                 break

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import NodeProto, ValueInfoProto, helper
+from onnx import GraphProto, NodeProto, TypeProto, ValueInfoProto, helper
 
 from onnxopt import attributes
 from onnxopt.data.inputs import Feed
 from onnxopt.model import Model
 from onnxopt.save import stage
+
+UNKNOWN_BYTES = 1 << 20
+"""What a value is taken to need where its size is not known."""
 
 
 class TapModel:
@@ -24,6 +27,7 @@ class TapModel:
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self.model = Model.open(path)
         self.graph = self.model.main
         self.nodes = self.graph.nodes()
@@ -38,13 +42,26 @@ class TapModel:
         """Close the files that it reads from."""
         self.model.weights.close()
 
+    @property
+    def inputs(self) -> list[str]:
+        """The names of what the main graph takes, initializers with defaults aside."""
+        graph = self.model.proto.graph
+        held = {tensor.name for tensor in graph.initializer}
+        held |= {item.values.name for item in graph.sparse_initializer}
+        return [value.name for value in graph.input if value.name not in held]
+
+    @property
+    def outputs(self) -> list[str]:
+        """The names of what the main graph gives."""
+        return [value.name for value in self.model.proto.graph.output]
+
     def maker(self, name: str) -> NodeProto:
         """The node that makes a value in `order`."""
         return self.nodes[self.order[name]]
 
     def sources(self, node: NodeProto) -> set[str]:
         """The values that `node` reads, those read inside its subgraphs included."""
-        return {name for inner in attributes.nodes_in([node]) for name in inner.input}
+        return set(_reads(node))
 
     def bytes_of(self, name: str, symbols: Mapping[str, int]) -> int | None:
         """Size of a value where its symbolic dims are `symbols`; None where unknown."""
@@ -69,6 +86,22 @@ class TapModel:
                         found[dim.dim_param] = int(size)
         return found
 
+    def chunks(self, names: Iterable[str], feed: Feed, limit: int) -> Iterator[list[str]]:
+        """The names, in lots whose values take no more than `limit` bytes or are one."""
+        symbols = self.symbols(feed)
+        chunk: list[str] = []
+        size = 0
+        for name in names:
+            known = self.bytes_of(name, symbols)
+            more = UNKNOWN_BYTES if known is None else known
+            if chunk and size + more > limit:
+                yield chunk
+                chunk, size = [], 0
+            chunk.append(name)
+            size += more
+        if chunk:
+            yield chunk
+
     def write(self, names: Sequence[str], target: Path) -> Path:
         """Write a copy to `target` whose outputs are `names`, and nothing else."""
         outputs = self.model.proto.graph.output
@@ -82,10 +115,15 @@ class TapModel:
             outputs.extend(before)
         return target
 
-    def cut(self, start: Iterable[str], end: str) -> tuple[list[NodeProto], set[str]]:
-        """The nodes from values `start` to value `end`, and what of `start` they read."""
-        stop, chosen, read = set(start), dict[int, NodeProto](), set[str]()
-        stack = [end]
+    def cut(
+        self, start: Collection[str], ends: Iterable[str]
+    ) -> tuple[list[NodeProto], set[str]]:
+        """The nodes from values `start` to values `ends`, and what of `start` they read.
+
+        An end is made even where it is among `start`.
+        """
+        chosen, read = dict[int, NodeProto](), set[str]()
+        stack = list(ends)
         while stack:
             name = stack.pop()
             if name not in self.order:
@@ -95,55 +133,96 @@ class TapModel:
                 continue
             chosen[id(node)] = node
             for source in self.sources(node):
-                if source in stop:
+                if source in start:
                     read.add(source)
                 else:
                     stack.append(source)
         return [node for node in self.nodes if id(node) in chosen], read
 
 
-def write_part(
-    path: Path, start: Mapping[str, Any], end: str, target: Path
-) -> Path | None:
-    """Write the part of a model that makes value `end` from the values in `start`.
+def _reads(node: NodeProto) -> Iterator[str]:
+    """Names that a node reads, in its subgraphs too, as inputs and as their outputs."""
+    yield from node.input
+    for _, graph in attributes.subgraphs(node) if node.attribute else ():
+        for inner in graph.node:
+            yield from _reads(inner)
+        for output in graph.output:
+            yield output.name
 
-    These become its inputs, of the types and shapes of the arrays given. None where the
-    part would still need one of the model's own inputs.
+
+def write_part(
+    path: Path,
+    ends: Mapping[str, str],
+    given: Mapping[str, int],
+    target: Path,
+) -> None:
+    """Write the part of a model that makes some values from others.
+
+    `ends`: the values made, and what each is called in the part, where its own name may
+    be that of an input. `given`: the inputs of the part, all of them whether read or
+    not, with the element type (TensorProto.DataType) of those that are no inputs of the
+    model; sizes are open.
     """
     taps = TapModel(path)
     try:
-        nodes, read = taps.cut(start, end)
-        graph = taps.model.proto.graph
-        kept = {id(node) for node in nodes}
-        for index in range(len(graph.node) - 1, -1, -1):
-            if id(graph.node[index]) not in kept:
-                del graph.node[index]
-        needed = {name for node in nodes for name in taps.sources(node)}
-        made = {name for node in nodes for name in node.output}
-        weights = {tensor.name for tensor in graph.initializer}
-        weights |= {item.values.name for item in graph.sparse_initializer}
-        own = {value.name for value in graph.input}
-        if (needed - made - weights - read) & own:
-            return None
-        _keep_only(graph, needed, read, end, start)
+        nodes, _ = taps.cut(given, ends)
+        _keep_nodes(taps, nodes, given, ends)
+        _keep_ends(taps, nodes, given, list(ends.values()))
         stage(taps.model, target).commit()
-        return target
     finally:
         taps.close()
 
 
-def _keep_only(
-    graph: Any, needed: set[str], read: set[str], end: str, start: Mapping[str, Any]
+def _keep_nodes(
+    taps: TapModel,
+    nodes: Sequence[NodeProto],
+    given: Collection[str],
+    ends: Mapping[str, str],
 ) -> None:
-    for index in range(len(graph.initializer) - 1, -1, -1):
-        if graph.initializer[index].name not in needed - read:
-            del graph.initializer[index]
-    del graph.input[:]
-    del graph.output[:]
-    del graph.value_info[:]
-    del graph.quantization_annotation[:]
-    for name in sorted(read):
-        array = np.asarray(start[name])
-        kind = helper.np_dtype_to_tensor_dtype(array.dtype)
-        graph.input.append(helper.make_tensor_value_info(name, kind, array.shape))
-    graph.output.append(ValueInfoProto(name=end))
+    """Leave nothing but `nodes`; what they make and is given too gets another name."""
+    graph = taps.model.proto.graph
+    kept = {id(node) for node in nodes}
+    _keep(graph.node, [id(node) in kept for node in graph.node])
+    for node in nodes:
+        for index, name in enumerate(node.output):
+            if name in ends:
+                node.output[index] = ends[name]
+            elif name in given:
+                node.output[index] = taps.model.fresh(f"{name}/made")
+
+
+def _keep_ends(
+    taps: TapModel,
+    nodes: Sequence[NodeProto],
+    given: Mapping[str, int],
+    ends: Sequence[str],
+) -> None:
+    """Inputs, outputs and weights of what is left."""
+    graph: GraphProto = taps.model.proto.graph
+    read = {name for node in nodes for name in taps.sources(node)} - set(given)
+    own = {
+        value.name: ValueInfoProto.FromString(value.SerializeToString())
+        for value in graph.input
+    }
+    _keep(graph.initializer, [tensor.name in read for tensor in graph.initializer])
+    sparse = graph.sparse_initializer
+    _keep(sparse, [item.values.name in read for item in sparse])
+    for field in ("input", "output", "value_info", "quantization_annotation"):
+        graph.ClearField(field)
+    graph.input.extend(
+        own[name] if name in own else _open_value(name, kind)
+        for name, kind in given.items()
+    )
+    graph.output.extend(ValueInfoProto(name=name) for name in ends)
+
+
+def _open_value(name: str, kind: int) -> ValueInfoProto:
+    """A tensor of any rank and size."""
+    tensor = TypeProto.Tensor(elem_type=kind)
+    return ValueInfoProto(name=name, type=TypeProto(tensor_type=tensor))
+
+
+def _keep(items: Any, wanted: Sequence[bool]) -> None:
+    for index in range(len(items) - 1, -1, -1):
+        if not wanted[index]:
+            del items[index]

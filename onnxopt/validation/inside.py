@@ -1,0 +1,408 @@
+"""Inner values judged one by one: what rounding hides at the outputs shows inside.
+
+On its way to the outputs, rounding noise grows a hundredfold and more, and codes flip;
+a small error in one node drowns in it. So each value that the candidate makes
+differently (see `segments`) is made by both models from the same values, those of the
+reference, and judged at the noise floor of that one segment. What is off by itself is
+wrong if
+
+- the candidate goes right from there when it is given the reference's value, so that
+  the name stands for the same thing in both, and
+- the outputs see the error: a multiple of it moves them beyond their own bound.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import onnx
+from onnx import helper
+
+from onnxopt.data.inputs import Feed, Feeds
+from onnxopt.errors import SessionError, WorkerMemoryError
+from onnxopt.report import Check, OutputCheck
+from onnxopt.runtime import Worker
+from onnxopt.validation import noise
+from onnxopt.validation.check import LevelCheck
+from onnxopt.validation.metrics import Difference, compare
+from onnxopt.validation.rules import FACTOR, Floor
+from onnxopt.validation.segments import common_values, made_differently
+from onnxopt.validation.spread import MovedModels
+from onnxopt.validation.taps import TapModel, write_part
+from onnxopt.validation.verdict import LEVELS, Question, Verdict, Workers, is_cpu
+
+log = logging.getLogger("onnxopt.validate")
+
+CHUNK_BYTES = 32 << 20
+"""Values that are made at once, on each feed."""
+MAX_FEEDS = 3
+GAIN = 256.0
+"""Errors are made so many times as large to see whether the outputs depend on them."""
+SEEN = 1e-4
+"""An enlarged error counts from this part of the largest output on: itself 4e-7."""
+_STEPS = 4
+_WIDE = 1e-2
+Meaning = Literal["wrong", "another thing", "nothing"]
+_JUMPS = {"ArgMax", "ArgMin", "Ceil", "Floor", "NonMaxSuppression", "Round", "Sign"}
+_JUMPS |= {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "TopK"}
+
+
+# A rewrite moves what one segment makes by a few units in the last place, so codes that
+# flip are counted at the least move that flips any.
+_LADDER = (4, 64, 1024)
+
+
+@dataclass(frozen=True)
+class GivenFeeds(Feeds):
+    """Feeds held in memory."""
+
+    feeds: Sequence[Feed]
+    source: str = "given values"
+
+    def __iter__(self) -> Iterator[Feed]:
+        return iter(self.feeds)
+
+
+def judge_inside(
+    verdict: Verdict, workers: Workers, provider: str, feeds: Feeds, moved: MovedModels
+) -> None:
+    """Add a check of the inner values, where the outputs alone found nothing wrong."""
+    question = verdict.question
+    rules = question.rules(moved.facts, provider, LEVELS[0])
+    outer = _passed(verdict, provider)
+    if outer is None or any(check.status == "failed" for check in verdict.checks):
+        return
+    if not is_cpu(provider) or not isinstance(rules[0], Floor):
+        return
+    folder = moved.folder / "inside"
+    folder.mkdir(exist_ok=True)
+    inside = Inside(question, workers, feeds, folder)
+    try:
+        wrong = inside.first_wrong(outer.outputs)
+    except (SessionError, WorkerMemoryError) as error:
+        verdict.note(f"inner values were not compared: {error}")
+        return
+    finally:
+        inside.close()
+    verdict.note(
+        f"inner values made differently, each compared by itself: {inside.compared}"
+    )
+    if wrong is not None:
+        reason = (
+            f"inner value {wrong.name!r} {wrong.reason}, and the outputs depend on it"
+        )
+        name = f"{provider}, inner values"
+        verdict.checks.append(Check(name, LEVELS[0], "failed", reason, [wrong]))
+
+
+def _passed(verdict: Verdict, provider: str) -> Check | None:
+    """The provider's own check at disable_all, where it found nothing."""
+    wanted = (provider, LEVELS[0], "passed")
+    found = (c for c in verdict.checks if (c.provider, c.level, c.status) == wanted)
+    return next(found, None)
+
+
+class Inside:
+    """Both models, cut at the values that they share."""
+
+    def __init__(
+        self, question: Question, workers: Workers, feeds: Iterable[Feed], folder: Path
+    ) -> None:
+        self.question, self.workers, self.folder = question, workers, folder
+        self.spec = question.spec("cpu", LEVELS[0])
+        self.one, self.two = TapModel(question.reference), TapModel(question.candidate)
+        self.feeds = list(itertools.islice(feeds, MAX_FEEDS))
+        self.common = common_values(self.one, self.two)
+        self.alike: set[str] = set()
+        self.compared = 0
+
+    def close(self) -> None:
+        """Close the files that it reads from."""
+        self.one.close()
+        self.two.close()
+
+    def first_wrong(self, outputs: Sequence[OutputCheck]) -> OutputCheck | None:
+        """The first value that is off by itself and that the outputs depend on.
+
+        `outputs` hold the bounds of the outputs. Raises SessionError where a part of the
+        reference cannot be run, and the other WorkerErrors.
+        """
+        bounds = {output.name: output.bound or 0.0 for output in outputs}
+        while True:
+            off = self.off()
+            renamed: set[str] = set()
+            for value in off:
+                if not renamed.isdisjoint(self.reads([value.name], self.common)):
+                    continue  # judged again when it no longer begins with those
+                match self.meaning(value.name, {v.name for v in off}, bounds):
+                    case "wrong":
+                        return value
+                    case "another thing":
+                        renamed.add(value.name)
+            if not renamed:
+                return None
+            self.common = [name for name in self.common if name not in renamed]
+
+    # ---- which values ----
+
+    def suspects(self) -> list[str]:
+        """Common values that are made differently, in the candidate's order."""
+        while True:
+            found = made_differently(self.one, self.two, self.common)
+            unlike = self._unlike([*found, *self.reads(found, self.common)])
+            if not unlike:
+                return found
+            self.common = [name for name in self.common if name not in unlike]
+
+    def reads(self, names: Sequence[str], common: Sequence[str]) -> list[str]:
+        """Those of `common` that segments of `names` begin with, in either model."""
+        start = set(common)
+        read = self.one.cut(start, names)[1] | self.two.cut(start, names)[1]
+        return [name for name in common if name in read]
+
+    def readers(self, names: Collection[str], common: Sequence[str]) -> list[str]:
+        """Those of `common` whose segments begin with one of `names`, in either model."""
+        start = {*common, *names}
+        return [
+            name
+            for name in common
+            if not set(names).isdisjoint(
+                self.one.cut(start, [name])[1] | self.two.cut(start, [name])[1]
+            )
+        ]
+
+    def _unlike(self, names: Sequence[str]) -> set[str]:
+        """Those that are no tensors, or have other shapes or types in the two models."""
+        new = [name for name in dict.fromkeys(names) if name not in self.alike]
+        unlike: set[str] = set()
+        for chunk in self.one.chunks(new, self.feeds[0], CHUNK_BYTES):
+            left = self.values(self.one, self.workers.reference, chunk, self.feeds[0])
+            right = self.values(self.two, self.workers.candidate, chunk, self.feeds[0])
+            for name in chunk:
+                if not _same_kind(left[name], right[name]):
+                    unlike.add(name)
+        self.alike.update(name for name in new if name not in unlike)
+        return unlike
+
+    def values(
+        self, taps: TapModel, worker: Worker, names: Sequence[str], feed: Feed
+    ) -> dict[str, Any]:
+        """Inner values of one model on a feed."""
+        path = taps.write(names, self.folder / "taps.onnx")
+        return self._run(worker, path, feed, names)
+
+    def _run(
+        self, worker: Worker, path: Path, feed: Feed, names: Sequence[str]
+    ) -> dict[str, Any]:
+        session = worker.load(path, self.spec)
+        try:
+            wanted = {value.name for value in session.inputs}
+            given = {name: value for name, value in feed.items() if name in wanted}
+            return session.run(given, list(names))
+        finally:
+            session.close()
+
+    # ---- each by itself ----
+
+    def off(self) -> list[OutputCheck]:
+        """Values that the two models make from equal values, and not alike."""
+        suspects = self.suspects()
+        self.compared = len(suspects)
+        return self.off_among(suspects, self.common)
+
+    def off_among(self, names: Sequence[str], common: Sequence[str]) -> list[OutputCheck]:
+        """Those of `names` that are off where both models are given all of `common`."""
+        return [
+            off
+            for chunk in self.one.chunks(names, self.feeds[0], CHUNK_BYTES)
+            for off in self._off_in(chunk, common)
+        ]
+
+    def _off_in(self, names: Sequence[str], common: Sequence[str]) -> list[OutputCheck]:
+        reads = self.reads(names, common)
+        held = [self._with_inner(feed, reads) for feed in self.feeds]
+        given = self._given(held[0], reads)
+        ends = {name: self._own_name(name) for name in names}
+        question = dataclasses.replace(
+            self.question,
+            reference=self._part(self.one, ends, given, "one"),
+            candidate=self._part(self.two, ends, given, "two"),
+            bitwise=False,
+        )
+        feeds = GivenFeeds([{k: feed[k] for k in given if k in feed} for feed in held])
+        checks = judge_pair(question, self.workers, feeds, self.folder / "moved")
+        found = {output.name: output for check in checks for output in check.outputs}
+        return [
+            msgspec.structs.replace(found[own], name=name)
+            for name, own in ends.items()
+            if own in found and found[own].status == "failed"
+        ]
+
+    def _with_inner(self, feed: Feed, names: Sequence[str]) -> Feed:
+        """The feed, and the reference's inner values on it."""
+        if not names:
+            return feed
+        return feed | self.values(self.one, self.workers.reference, names, feed)
+
+    def _given(self, feed: Feed, reads: Sequence[str]) -> dict[str, int]:
+        """Inputs of a part: the model's own, and inner values with their types."""
+        inputs = dict.fromkeys(self.one.inputs, 0)
+        return inputs | {
+            name: helper.np_dtype_to_tensor_dtype(feed[name].dtype) for name in reads
+        }
+
+    def _own_name(self, name: str) -> str:
+        taken = self.one.model.names | self.two.model.names
+        own = f"{name}/own"
+        while own in taken:
+            own += "'"
+        return own
+
+    def _part(
+        self, taps: TapModel, ends: Mapping[str, str], given: Mapping[str, int], name: str
+    ) -> Path:
+        path = self.folder / f"{name}.onnx"
+        write_part(taps.path, ends, given, path)
+        return path
+
+    # ---- whether it matters ----
+
+    def meaning(self, name: str, off: set[str], bounds: Mapping[str, float]) -> Meaning:
+        """What the error of value `name` says; `off` are all that are off by themselves.
+
+        "another thing" where the candidate has another use for the name, "nothing" where
+        no output depends on what differs (a shift of all scores before a Softmax).
+        """
+        if name in bounds:
+            return "wrong"
+        if max(bounds.values(), default=0.0) > _WIDE:
+            return self._followed(name, off)
+        found = [self._enlarged(feed, name, bounds) for feed in self.feeds]
+        for meaning in ("another thing", "wrong"):
+            if meaning in found:
+                return meaning
+        return "nothing"
+
+    def _followed(self, name: str, off: set[str]) -> Meaning:
+        """By whether the error is still there some values on.
+
+        Where codes flip, outputs are so far apart by rounding alone that they tell
+        nothing. So the error is followed value by value, each judged at its own noise.
+        """
+        common = [other for other in self.common if other != name]
+        front = self.readers([name], common)
+        if not off.isdisjoint(front):
+            return "another thing"  # what reads it was changed too, perhaps to match
+        for _ in range(_STEPS):
+            wrong = [value.name for value in self.off_among(front, common)]
+            if not wrong:
+                return "nothing"
+            if any(value in self.one.outputs for value in wrong):
+                return "wrong"
+            common = [other for other in common if other not in wrong]
+            front = self.readers(wrong, common)
+        return "wrong"
+
+    def _enlarged(self, feed: Feed, name: str, bounds: Mapping[str, float]) -> Meaning:
+        """By what outputs do on one feed when the error is made larger."""
+        right, own = self._right_and_own(feed, name)
+        ends = {output: output for output in bounds}
+        given = self._given({name: right}, [name])
+        rest = self._part(self.one, ends, given, "rest-one")
+        other = self._part(self.two, ends, given, "rest-two")
+
+        def outputs(worker: Worker, path: Path, value: Any) -> dict[str, Any]:
+            return self._run(worker, path, feed | {name: value}, list(ends))
+
+        left = self.workers.reference
+        expected = outputs(left, rest, right)
+        swapped = _apart(expected, outputs(self.workers.candidate, other, right))
+        if any(swapped[o] > bounds[o] for o in ends):
+            return "another thing"
+        more = _apart(expected, outputs(left, rest, amplified(right, own)))
+        still = _apart(expected, outputs(left, rest, _moved(right)))
+        seen = any(more[o] > max(SEEN, FACTOR * still[o]) for o in ends)
+        return "wrong" if seen else "nothing"
+
+    def _right_and_own(self, feed: Feed, name: str) -> tuple[Any, Any]:
+        """A value in the reference, and what the candidate makes of equal beginnings."""
+        reads = self.reads([name], self.common)
+        held = self._with_inner(feed, [*reads, name])
+        ends = {name: self._own_name(name)}
+        given = self._given(held, reads)
+        path = self._part(self.two, ends, given, "two")
+        own = self._run(self.workers.candidate, path, held, list(ends.values()))
+        return held[name], own[ends[name]]
+
+
+def judge_pair(
+    question: Question, workers: Workers, feeds: Feeds, folder: Path
+) -> list[Check]:
+    """The check of two parts of models on the CPU at disable_all."""
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        path.unlink()
+    model = onnx.load(question.reference, load_external_data=False)
+    facts = noise.facts(model, question.reference)
+    jumps = any(node.op_type in _JUMPS for node in noise.all_nodes(model))
+    facts = dataclasses.replace(facts, quantized=facts.quantized or jumps)
+    inner = Verdict(question)
+    moved = MovedModels(question, facts, folder, _LADDER if facts.quantized else None)
+    LevelCheck(moved, workers, "cpu", LEVELS[0], feeds).into(inner)
+    return inner.checks
+
+
+def amplified(right: Any, own: Any) -> Any:
+    """The right value with the error of the other, `GAIN` times as large.
+
+    Integers stay in the range of their type. Values that are not finite, truth values
+    and strings have no larger error: they are those of the other.
+    """
+    if right.dtype.kind not in "fiu":
+        return own
+    with np.errstate(over="ignore", invalid="ignore"):
+        error = own.astype(np.float64) - right.astype(np.float64)
+        larger = np.where(error == 0, 0, GAIN * error) + right.astype(np.float64)
+    if right.dtype.kind in "iu":
+        limits = np.iinfo(right.dtype)
+        # float64 cannot hold the largest 64-bit integers: stay clear of the edge.
+        low, high = float(limits.min), np.nextafter(float(limits.max), 0)
+        return np.where(error == 0, right, larger.clip(low, high).astype(right.dtype))
+    return np.where(np.isfinite(larger), larger, own).astype(right.dtype)
+
+
+def _moved(value: Any) -> Any:
+    """The value with rounding noise, as many times as large as errors are made."""
+    moved: Any = noise.moved_feed({"": value}, int(GAIN), 0)[""]
+    return moved
+
+
+def _same_kind(one: object, two: object) -> bool:
+    if not isinstance(one, np.ndarray) or not isinstance(two, np.ndarray):
+        return False
+    return bool(one.shape == two.shape and one.dtype == two.dtype)
+
+
+def _apart(expected: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, float]:
+    """How far each output is off, relative to its largest value."""
+    return {
+        name: max((_distance(d) for d in compare(value, found[name])), default=0.0)
+        for name, value in expected.items()
+    }
+
+
+def _distance(difference: Difference) -> float:
+    if difference.problem or difference.lost_finite:
+        return math.inf
+    if difference.exact:
+        return 1.0 if difference.flipped else 0.0
+    return difference.max_rel

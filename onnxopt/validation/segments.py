@@ -1,0 +1,135 @@
+"""Which values two models make differently, by comparing how each is made.
+
+Values of the main graph that both models have, by name, are common. The segment of a
+common value is what makes it from inputs, constants and other common values. Equal
+segments make equal values from equal ones, so only the others have to be run.
+
+    reference   x -> Conv -> c -> BatchNormalization -> b -> Relu -> y
+    candidate   x -> Conv' ------------------------------> b -> Relu -> y
+
+Here b and y are common, and b alone is made differently.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterator
+
+from onnx import AttributeProto, NodeProto, TensorProto
+
+from onnxopt.validation.taps import TapModel
+from onnxopt.weights import attribute_tensors
+
+
+def common_values(one: TapModel, two: TapModel) -> list[str]:
+    """Names that nodes of both main graphs make, in the order of `two`.
+
+    Without constants, and without those whose types or static shapes differ.
+    """
+    return [
+        name
+        for name in sorted(one.order.keys() & two.order.keys(), key=two.order.__getitem__)
+        if not _is_constant(one, name)
+        and not _is_constant(two, name)
+        and _may_be_equal(one, two, name)
+    ]
+
+
+def _is_constant(taps: TapModel, name: str) -> bool:
+    return taps.maker(name).op_type == "Constant"
+
+
+def _may_be_equal(one: TapModel, two: TapModel, name: str) -> bool:
+    left, right = one.graph.dtype(name), two.graph.dtype(name)
+    if left and right and left != right:
+        return False
+    first, second = one.graph.shape(name), two.graph.shape(name)
+    if first is None or second is None:
+        return True
+    return len(first) == len(second) and all(
+        a == b or not (isinstance(a, int) and isinstance(b, int))
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def made_differently(one: TapModel, two: TapModel, common: Collection[str]) -> list[str]:
+    """Those of `common`, in its order, whose segments are not the same in both."""
+    known = set(common)
+    left, right = _Signatures(one, known), _Signatures(two, known)
+    return [name for name in common if left.made[name] != right.made[name]]
+
+
+class _Signatures:
+    """What makes each value: equal signatures mean equal computations."""
+
+    def __init__(self, taps: TapModel, common: Collection[str]) -> None:
+        self.taps, self.common = taps, common
+        self.graph, self.weights = taps.graph, taps.model.weights
+        self.constants: dict[str, bytes] = {}
+        self.functions = {
+            (f.domain, f.name, f.overload): f for f in taps.model.proto.functions
+        }
+        self.made: dict[str, bytes] = {}
+        for node in taps.nodes:
+            whole = self._node(node)
+            for index, name in enumerate(node.output):
+                self.made[name] = _digest(whole, str(index).encode())
+
+    def _node(self, node: NodeProto) -> bytes:
+        version = self.graph.opset(node.domain)
+        parts = [f"{node.domain or 'ai.onnx'}:{node.op_type}:{node.overload}:{version}"]
+        function = self.functions.get((node.domain, node.op_type, node.overload))
+        return _digest(
+            *(part.encode() for part in parts),
+            b"" if function is None else function.SerializeToString(deterministic=True),
+            *(self._attribute(a) for a in sorted(node.attribute, key=lambda a: a.name)),
+            b"inputs",
+            *(self._value(name) for name in node.input),
+            b"captures",
+            *(self._value(name) for name in sorted(self._captures(node))),
+        )
+
+    def _captures(self, node: NodeProto) -> Iterator[str]:
+        """Outer values that the node's subgraphs read."""
+        for name in self.taps.sources(node) - set(node.input):
+            if name in self.made or self.graph.weight(name) is not None:
+                yield name
+
+    def _value(self, name: str) -> bytes:
+        if name in self.common:
+            return b"value " + name.encode()
+        if name not in self.constants and (tensor := self.graph.weight(name)) is not None:
+            self.constants[name] = self._tensor(tensor)
+        return (
+            self.constants.get(name) or self.made.get(name) or b"input " + name.encode()
+        )
+
+    def _attribute(self, attribute: AttributeProto) -> bytes:
+        """Its value: payloads of tensors by their contents, wherever they lie."""
+        if not (tensors := list(attribute_tensors([attribute]))):
+            return bytes(attribute.SerializeToString(deterministic=True))
+        bare = AttributeProto.FromString(attribute.SerializeToString())
+        for tensor in attribute_tensors([bare]):
+            for field in ("raw_data", "external_data", "data_location", "name"):
+                tensor.ClearField(field)
+        return _digest(
+            bare.SerializeToString(deterministic=True), *map(self._tensor, tensors)
+        )
+
+    def _tensor(self, tensor: TensorProto) -> bytes:
+        head = f"{tensor.data_type}:{list(tensor.dims)}".encode()
+        if tensor.data_type == TensorProto.STRING:
+            return _digest(head, *tensor.string_data)
+        found = hashlib.sha256(head)
+        for piece in self.weights.chunks(tensor):
+            found.update(piece)
+        return b"constant " + found.digest()
+
+
+def _digest(*parts: bytes) -> bytes:
+    """A hash of the parts, each with its length, so that none runs into the next."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(len(part).to_bytes(8, "little"))
+        found.update(part)
+    return found.digest()
