@@ -132,6 +132,15 @@ def test_three_percent_are_seen_while_the_machine_slows_down() -> None:
     assert found.count("faster") >= 0.95 * TRIALS
 
 
+@pytest.mark.parametrize("count", [6, 10, 15])
+def test_the_interval_misses_the_truth_once_in_twenty_at_most(count: int) -> None:
+    """Also of few values, where a plain percentile interval misses twice as often."""
+    times = np.exp(np.random.default_rng(0).normal(0, 0.01, (1000, count)))
+    found = [compare([(1.0, float(value)) for value in row]) for row in times]
+    missed = sum(ratio.verdict != "no difference" for ratio in found)
+    assert missed <= 55
+
+
 def test_an_interval_that_holds_1_is_never_a_win() -> None:
     random = np.random.default_rng(0)
     for _ in range(200):

@@ -113,7 +113,7 @@ class _Walk:
         self._left(a, b, matching, told)
         for pair in matching.pairs:
             change = nodes.compare(a, b, pair, names)
-            if change is not None and not _is_renamed_weight(pair, renamed):
+            if change is not None and not _is_told(change, pair, renamed):
                 self.nodes.append(change)
             self._inner(a, b, pair, names)
         if matching.is_reordered():
@@ -166,9 +166,10 @@ def _inside(view: GraphView, node: NodeProto) -> dict[str, GraphView]:
     return dict(zip(labels, view.children_of(node), strict=True))
 
 
-def _is_renamed_weight(pair: Pair, renamed: Mapping[str, str]) -> bool:
-    """Whether the nodes are Constants that were told of as weights."""
-    return constant_value(pair.a) is not None and pair.a.output[0] in renamed
+def _is_told(change: NodeChange, pair: Pair, renamed: Mapping[str, str]) -> bool:
+    """Whether two Constants only differ in a name, and were told of as weights."""
+    weight = constant_value(pair.a) is not None and pair.a.output[0] in renamed
+    return weight and change.change == "renamed"
 
 
 def _function(view: GraphView) -> str:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from onnx import AttributeProto, NodeProto
 
 from onnxopt.differences.found import Matched
-from onnxopt.graph import GraphView
+from onnxopt.graph import GraphView, constant_value
 
 Key = Callable[[int, NodeProto], Hashable | None]
 
@@ -39,20 +39,11 @@ class Matching:
         self.nodes = list(a.proto.node), list(b.proto.node)
         self.left = set(range(len(self.nodes[0]))), set(range(len(self.nodes[1])))
         self._pairs: dict[int, Pair] = {}
-        self._match(
-            "output", lambda side, node: _with_op(_made(node), self._op(side, node))
-        )
+        self._match("output", self._made_by)
         self._match("structure", self._structure)
-        self._match("output", lambda _, node: _made(node))
-        order = [
-            _ordinals(self._op(side, node) for node in self.nodes[side])
-            for side in (0, 1)
-        ]
-        place = [
-            dict(zip(map(id, self.nodes[side]), order[side], strict=True))
-            for side in (0, 1)
-        ]
-        self._match("position", lambda side, node: place[side][id(node)])
+        self._match("output", self._made)
+        numbers = tuple(map(_numbers, self.views, self.nodes))
+        self._match("position", lambda side, node: numbers[side].get(id(node)))
 
     @property
     def pairs(self) -> list[Pair]:
@@ -89,31 +80,36 @@ class Matching:
             if one and two and one != two:
                 self.names[one] = two
 
-    def _op(self, side: int, node: NodeProto) -> str:
-        return self.views[side].op(node)
+    def _made(self, side: int, node: NodeProto) -> str | None:
+        """The first output, in B's names."""
+        made = next(filter(None, node.output), None)
+        return self.names.get(made, made) if made is not None and side == 0 else made
+
+    def _made_by(self, side: int, node: NodeProto) -> Hashable | None:
+        made = self._made(side, node)
+        return None if made is None else (made, self.views[side].op(node))
 
     def _structure(self, side: int, node: NodeProto) -> Hashable | None:
         """The operator and what it reads, in B's names; nothing for a source."""
         if not node.input:
             return None
         names = self.names if side == 0 else {}
-        return self._op(side, node), tuple(names.get(name, name) for name in node.input)
+        return self.views[side].op(node), tuple(
+            names.get(name, name) for name in node.input
+        )
 
 
-def _made(node: NodeProto) -> str | None:
-    return next(filter(None, node.output), None)
+def _numbers(view: GraphView, nodes: Iterable[NodeProto]) -> dict[int, Hashable]:
+    """By id each operator with its number among its like; not for constants.
 
-
-def _with_op(made: str | None, op: str) -> Hashable | None:
-    return None if made is None else (made, op)
-
-
-def _ordinals(ops: Iterable[str]) -> list[tuple[str, int]]:
-    """Each operator with its number among its like."""
+    Which constant is which, their values tell.
+    """
     seen: Counter[str] = Counter()
-    found = []
-    for op in ops:
-        found.append((op, seen[op]))
+    found: dict[int, Hashable] = {}
+    for node in nodes:
+        op = view.op(node)
+        if constant_value(node) is None:
+            found[id(node)] = (op, seen[op])
         seen[op] += 1
     return found
 

@@ -83,7 +83,8 @@ def _names(a: NodeProto, b: NodeProto) -> Iterator[str]:
 
 def _fields(a: NodeProto, b: NodeProto) -> Iterator[str]:
     for fact in differing_fields("", a, b, _COMPARED):
-        yield f"{fact.what}: {fact.a} -> {fact.b}"
+        one, two = ("none" if text is None else text or "''" for text in (fact.a, fact.b))
+        yield f"{fact.what}: {one} -> {two}"
 
 
 # ---- attributes ----
