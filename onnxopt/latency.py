@@ -238,22 +238,25 @@ def runs_a_block(timers: Sequence[Timer], feed: feeding.Feed) -> int:
 
 
 def take_turns(start: Start, feeds: feeding.Feeds, plan: Plan) -> list[list[Times]]:
-    """Blocks by model and round: A B, B A, A B, ... on one feed a round.
+    """Blocks by model and round, on one feed a round: A B, B A in one start, B A, A B in
+    the next.
 
-    A new start is warmed up first, and one more run opens each block, since the other
-    models have had the caches.
+    A process is slow at first, and less and less so: whoever opens every start would
+    lose by it. So each start is the mirror of the one before, and begins with a block
+    by no clock. One more run opens each block, since the other models have had the
+    caches.
     """
     rounds: list[list[Times]] = []
     endless = _endless(feeds)
     for number in range(plan.starts):
         with start(number) as timers:
-            warm = False
+            backwards, warm = number % 2 == 1, False
             while len(rounds) < plan.rounds and plan.start_of(len(rounds)) == number:
                 feed = next(endless)
-                for timer in () if warm else timers:
-                    timer.time(feed, 1, 2)
-                warm, backwards = True, len(rounds) % 2 == 1
+                if not warm:
+                    _one_round(timers, feed, plan.runs, backwards)
                 rounds.append(_one_round(timers, feed, plan.runs, backwards))
+                backwards, warm = not backwards, True
     return [list(row) for row in zip(*rounds, strict=True)]
 
 

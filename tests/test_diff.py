@@ -378,11 +378,12 @@ def test_four_bits(dtype: Any, size: int) -> None:
     assert values(one, two) == (2, 0, 0, 7.0)
 
 
-def test_padding_of_four_bits_is_no_value() -> None:
-    one = numpy_helper.from_array(np.array([1, 2, 3]).astype(ml_dtypes.int4), "w")
+@pytest.mark.parametrize("size", [3, 2_000_001])
+def test_padding_of_four_bits_is_no_value(size: int) -> None:
+    one = numpy_helper.from_array(np.ones(size, np.int8).astype(ml_dtypes.int4), "w")
     two = TensorProto()
     two.CopyFrom(one)
-    two.raw_data = one.raw_data[:1] + bytes([one.raw_data[1] | 0xF0])
+    two.raw_data = one.raw_data[:-1] + bytes([one.raw_data[-1] | 0xF0])
     assert one.raw_data != two.raw_data
     assert diff(holding(one), holding(two)).equal
 
@@ -715,6 +716,8 @@ def test_text_is_short_unless_asked(
     assert "main: Relu:y (Relu): changed: operator: Relu -> Sigmoid" in short
     assert "main: w (float32[3]): 1 of 3 elements differ, by up to 0.5" in short
     assert "... 2 more (-v shows them)" in short
+    assert "key9" in short
+    assert "key11" not in short
     assert max(map(len, short.splitlines()[1:])) < 120
     assert run("diff", *files, "-v") == 1
     full = capsys.readouterr().out

@@ -202,7 +202,10 @@ except SystemExit as exit:
     assert not exit.code, exit.code
 print("LOADED", [name for name in {HEAVY} if name in sys.modules])
 """
-VERBS = ["", "optimize", "simplify", "validate", "inspect", "passes"]
+VERBS = [
+    *("", "optimize", "simplify", "shrink", "validate"),
+    *("inspect", "diff", "bench", "passes"),
+]
 
 
 @pytest.mark.parametrize("verb", VERBS)
