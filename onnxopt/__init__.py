@@ -16,6 +16,7 @@ from onnxopt._version import __version__
 
 if TYPE_CHECKING:
     from onnxopt.api import Result, optimize, shrink, simplify, validate
+    from onnxopt.blame import Bisection, bisect
     from onnxopt.differences import Differences, diff
     from onnxopt.errors import (
         InvalidModelError,
@@ -34,6 +35,7 @@ logging.getLogger("onnxopt").addHandler(logging.NullHandler())
 
 _HOMES = {
     "onnxopt.api": ("Result", "optimize", "shrink", "simplify", "validate"),
+    "onnxopt.blame": ("Bisection", "bisect"),
     "onnxopt.differences": ("Differences", "diff"),
     "onnxopt.errors": (
         "InvalidModelError",
@@ -52,6 +54,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Bench",
+    "Bisection",
     "Differences",
     "Inspection",
     "InvalidModelError",
@@ -66,6 +69,7 @@ __all__ = [
     "WorkerError",
     "__version__",
     "bench",
+    "bisect",
     "diff",
     "inspect",
     "optimize",

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, Unpack
 
 import msgspec
 import numpy as np
+from onnx import helper
 
 from onnxopt.api import Attempts, Job, why
 from onnxopt.data.inputs import Feed
-from onnxopt.errors import OnnxoptError, UsageError
+from onnxopt.errors import SessionError, UsageError
 from onnxopt.model import Source
-from onnxopt.runtime import SessionSpec, Worker
 from onnxopt.settings import Options
-from onnxopt.validation.localise import Drift, localise
+from onnxopt.validation.judge import settle
+from onnxopt.validation.localise import Drift, Found, localise
 from onnxopt.validation.samples import numbered
 from onnxopt.validation.taps import TapModel, write_part
+from onnxopt.validation.verdict import Question, Verdict
 
-MAX_FEEDS = 8
-"""Feeds on which the drift is looked for."""
+MAX_FEEDS = 12
+"""Feeds, hard cases among them, on which the drift is looked for."""
 
 
 class Culprit(msgspec.Struct, frozen=True):
@@ -79,14 +81,17 @@ def bisect(
             return Bisection(edits=edits, reason=reason)
         entry = run.history[bad - 1]
         with tempfile.TemporaryDirectory(prefix="onnxopt-") as name:
-            pair = _before_and_after(run, bad, Path(name))
-            drift, feed = _drift(run, pair, options)
+            question = _question(*_before_and_after(run, bad, Path(name)), options)
+            found = _find(run, question, Path(name))
             files = []
-            if repro is not None and drift is not None and feed is not None:
-                files = _write_repro(pair, drift, feed, Path(repro), options)
-        culprit = Culprit(bad, entry.name, entry.scope, entry.node, entry.why)
+            if repro is not None and found is not None:
+                files = _write_repro(*found, question, Path(repro))
         return Bisection(
-            edits=edits, reason=reason, culprit=culprit, drift=drift, repro=files
+            edits=edits,
+            reason=reason,
+            culprit=Culprit(bad, entry.name, entry.scope, entry.node, entry.why),
+            drift=None if found is None else found[0].drift,
+            repro=files,
         )
 
 
@@ -101,65 +106,74 @@ def _before_and_after(run: Attempts, bad: int, folder: Path) -> tuple[Path, Path
     return paths[0], paths[1]
 
 
-def _spec(options: Options) -> SessionSpec:
-    libraries = tuple(options.get("custom_op_libraries") or ())
-    return SessionSpec(level="disable_all", custom_op_libraries=libraries)
+def _question(before: Path, after: Path, options: Options) -> Question:
+    return Question(
+        before,
+        after,
+        timeout=options.get("timeout", 600.0),
+        memory_limit=options.get("memory_limit"),
+        custom_op_libraries=tuple(options.get("custom_op_libraries") or ()),
+        seed=options.get("seed", 0),
+    )
 
 
-def _drift(
-    run: Attempts, pair: tuple[Path, Path], options: Options
-) -> tuple[Drift | None, Feed | None]:
+def _find(run: Attempts, question: Question, folder: Path) -> tuple[Found, Feed] | None:
     """Where the two begin to differ, and on which feed; None where nothing shows it."""
     feeds = run.feeds
     assert feeds is not None
-    for at, _ in zip(numbered(feeds, hard=True), range(MAX_FEEDS + 4), strict=False):
+    with question.worker() as worker:
+        feeds = settle(Verdict(question), worker, "cpu", feeds)
+    for at in itertools.islice(numbered(feeds, hard=True), MAX_FEEDS):
         try:
-            found = localise(
-                *pair,
-                at.feed,
-                _spec(options),
-                timeout=options.get("timeout", 600.0),
-                memory_limit=options.get("memory_limit"),
-                seed=options.get("seed", 0),
-            )
-        except OnnxoptError:
+            found = localise(question, at.feed, folder)
+        except SessionError:
             continue  # a feed that one of them rejects
         if found is not None:
             return found, at.feed
-    return None, None
+    return None
 
 
-def _write_repro(
-    pair: tuple[Path, Path], drift: Drift, feed: Feed, folder: Path, options: Options
-) -> list[str]:
-    """The parts that make the first wrong value from the values before it."""
+def _write_repro(found: Found, feed: Feed, question: Question, folder: Path) -> list[str]:
+    """The parts that make the first wrong value from the right values before it."""
     folder.mkdir(parents=True, exist_ok=True)
-    start = _values(pair[0], drift.after, feed, options)
-    start.update(feed)
-    made = []
-    for path in pair:
-        target = folder / path.name
-        if write_part(path, start, drift.value, target) is None:
-            shutil.copy(path, target)
-        made.append(str(target))
-    arrays = {
-        name: value for name, value in start.items() if isinstance(value, np.ndarray)
+    paths = {"before": found.reference, "after": found.candidate}
+    drift = found.drift
+    given = _given(found, feed, question)
+    kinds = {
+        name: helper.np_dtype_to_tensor_dtype(value.dtype)
+        for name, value in given.items()
+        if isinstance(value, np.ndarray)
     }
-    np.savez(folder / "feed.npz", **arrays)  # type: ignore[arg-type]
-    return [*made, str(folder / "feed.npz")]
+    made = []
+    for name, path in paths.items():
+        target = folder / f"{name}.onnx"
+        write_part(path, {drift.value: drift.value}, kinds, target)
+        made.append(str(target))
+    target = folder / "feed.npz"
+    np.savez(target, **{name: given[name] for name in kinds})
+    return [*made, str(target)]
 
 
-def _values(path: Path, names: list[str], feed: Feed, options: Options) -> dict[str, Any]:
-    if not names:
-        return {}
-    taps = TapModel(path)
+def _given(found: Found, feed: Feed, question: Question) -> dict[str, Any]:
+    """What both parts begin with: inner values of the reference, and inputs."""
+    one, two = TapModel(found.reference), TapModel(found.candidate)
     try:
+        start = {*found.drift.after, *feed}
+        parts = [taps.cut(start, [found.drift.value])[1] for taps in (one, two)]
+        needed = parts[0] | parts[1]
+        inner = sorted(needed & set(found.drift.after))
         with (
             tempfile.TemporaryDirectory(prefix="onnxopt-") as folder,
-            Worker(timeout=options.get("timeout", 600.0)) as worker,
+            question.worker() as worker,
         ):
-            shown = taps.write(names, Path(folder) / "taps.onnx")
-            session = worker.load(shown, _spec(options))
-            return dict(session.run(feed, names))
+            shown = one.write(inner, Path(folder) / "taps.onnx") if inner else None
+            values = {}
+            if shown is not None:
+                session = worker.load(shown, question.spec("cpu", "disable_all"))
+                wanted = {value.name for value in session.inputs}
+                own = {name: value for name, value in feed.items() if name in wanted}
+                values = session.run(own, inner)
+        return {n: feed[n] for n in feed if n in needed} | values
     finally:
-        taps.close()
+        one.close()
+        two.close()

@@ -23,24 +23,13 @@ def cli() -> None:
 
 @cli.command()
 @options.model_argument("source", "IN")
-@click.option(
-    "--recipe",
-    metavar="NAME|FILE.yaml",
-    help="A pipeline (see onnxopt passes) or a YAML file; default without it.",
-)
-@click.option(
-    "--passes",
-    metavar="PIPELINE",
-    help="Passes in place of a recipe, as in 'a,b{x=1}'; '' copies the model.",
-)
+@options.pipeline
 @options.transform
 def optimize(source: str, recipe: str | None, passes: str | None, **given: Any) -> int:
     """Run a recipe: everything exact without one, nothing lossy."""
     from onnxopt.cli.run import transform
-    from onnxopt.errors import UsageError
 
-    if recipe is not None and passes is not None:
-        raise UsageError("give --recipe or --passes, not both")
+    options.check_pipeline(recipe, passes)
     return transform(source, recipe or "default", {**given, "passes": passes})
 
 
@@ -92,6 +81,39 @@ def validate(
         document.write(as_json(verdict))
     terminal.show(describe.verdict(verdict, verbose), err=document.to_stdout)
     return {"passed": 0, "failed": 1, "not_run": 5}[verdict.status]
+
+
+@cli.command()
+@options.model_argument("source", "IN")
+@options.json_to
+@options.blame
+def bisect(
+    source: str,
+    recipe: str | None,
+    passes: str | None,
+    json_to: str | None,
+    verbose: int,
+    **given: Any,
+) -> int:
+    """Find the pass and the edit that make the result wrong: exit code 1 if one does."""
+    from onnxopt import blame
+    from onnxopt.cli import describe_blame, terminal
+    from onnxopt.cli.document import Document
+    from onnxopt.report import as_json
+
+    options.check_pipeline(recipe, passes)
+    with Document(json_to) as document:
+        found = blame.bisect(
+            source,
+            recipe or "default",
+            given["data"],
+            given["target"],
+            given["repro"],
+            **options.job_options({**given, "passes": passes}),
+        )
+        document.write(as_json(found))
+    terminal.show(describe_blame.bisection(found, verbose), err=document.to_stdout)
+    return 0 if found.reason is None else 1
 
 
 @cli.command()

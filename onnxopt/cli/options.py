@@ -27,6 +27,12 @@ def job_options(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_pipeline(recipe: str | None, passes: str | None) -> None:
+    """Raise UsageError where both are given."""
+    if recipe is not None and passes is not None:
+        raise UsageError("give --recipe or --passes, not both")
+
+
 def _together(*decorators: Decorator[Any]) -> Decorator[Any]:
     """One decorator for several options, listed in help as they are here."""
 
@@ -174,14 +180,20 @@ _report = click.option(
     help="Write the report as JSON; - is stdout.",
 )
 
-transform = _together(
+pipeline = _together(
     click.option(
-        "-o",
-        "--output",
-        type=click.Path(dir_okay=False),
-        metavar="OUT",
-        help="The model to write; may be IN itself.",
+        "--recipe",
+        metavar="NAME|FILE.yaml",
+        help="A pipeline (see onnxopt passes) or a YAML file; default without it.",
     ),
+    click.option(
+        "--passes",
+        metavar="PIPELINE",
+        help="Passes in place of a recipe, as in 'a,b{x=1}'; '' copies the model.",
+    ),
+)
+
+preparation = _together(
     click.option(
         "--target",
         default="onnx",
@@ -209,6 +221,24 @@ transform = _together(
         is_flag=True,
         help="Make inputs that have a default value constants.",
     ),
+)
+
+_bisect_limit = click.option(
+    "--bisect-limit",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Stop after N edits, to find a wrong one.",
+)
+
+transform = _together(
+    click.option(
+        "-o",
+        "--output",
+        type=click.Path(dir_okay=False),
+        metavar="OUT",
+        help="The model to write; may be IN itself.",
+    ),
+    preparation,
     _report,
     click.option("--dry-run", is_flag=True, help="Do everything but write the model."),
     validation,
@@ -244,12 +274,7 @@ transform = _together(
     ),
     click.option("--time-passes", is_flag=True, help="Print the CPU time of each pass."),
     click.option("--timings", metavar="FILE", help="Write these times as JSON."),
-    click.option(
-        "--bisect-limit",
-        type=click.IntRange(min=0),
-        metavar="N",
-        help="Stop after N edits, to find a wrong one.",
-    ),
+    _bisect_limit,
     click.option(
         "--verify-each",
         is_flag=True,
@@ -323,4 +348,17 @@ measurement = _together(
 
 json_to = click.option(
     "--json", "json_to", metavar="FILE", help="Write JSON to a file; - is stdout."
+)
+
+blame = _together(
+    pipeline,
+    preparation,
+    click.option(
+        "--repro",
+        type=click.Path(file_okay=False),
+        metavar="DIR",
+        help="Write before.onnx, after.onnx and feed.npz: the parts that differ.",
+    ),
+    validation,
+    _bisect_limit,
 )

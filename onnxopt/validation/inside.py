@@ -51,7 +51,8 @@ SEEN = 1e-4
 """An enlarged error counts from this part of the largest output on: itself 4e-7."""
 _STEPS = 4
 _WIDE = 1e-2
-Meaning = Literal["wrong", "another thing", "nothing"]
+Meaning = Literal["wrong"] | set[str]
+Bounds = Mapping[str, float]
 _JUMPS = {"ArgMax", "ArgMin", "Ceil", "Floor", "NonMaxSuppression", "Round", "Sign"}
 _JUMPS |= {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "TopK"}
 
@@ -122,7 +123,9 @@ class Inside:
         self.one, self.two = TapModel(question.reference), TapModel(question.candidate)
         self.feeds = list(itertools.islice(feeds, MAX_FEEDS))
         self.common = common_values(self.one, self.two)
+        # Values looked at: those of equal kinds, and the others with how they differ.
         self.alike: set[str] = set()
+        self.unlike: dict[str, str | None] = {}
         self.compared = 0
 
     def close(self) -> None:
@@ -130,27 +133,42 @@ class Inside:
         self.one.close()
         self.two.close()
 
-    def first_wrong(self, outputs: Sequence[OutputCheck]) -> OutputCheck | None:
+    def first_wrong(
+        self, outputs: Sequence[OutputCheck] | None = None
+    ) -> OutputCheck | None:
         """The first value that is off by itself and that the outputs depend on.
 
-        `outputs` hold the bounds of the outputs. Raises SessionError where a part of the
-        reference cannot be run, and the other WorkerErrors.
+        `outputs` hold the bounds of the outputs; without them an error counts that is
+        still there some values on. Raises SessionError where a part of the reference
+        cannot be run, and the other WorkerErrors.
         """
-        bounds = {output.name: output.bound or 0.0 for output in outputs}
+        bounds = None
+        if outputs is not None:
+            bounds = {output.name: output.bound or 0.0 for output in outputs}
         while True:
-            off = self.off()
-            renamed: set[str] = set()
-            for value in off:
-                if not renamed.isdisjoint(self.reads([value.name], self.common)):
-                    continue  # judged again when it no longer begins with those
-                match self.meaning(value.name, {v.name for v in off}, bounds):
-                    case "wrong":
-                        return value
-                    case "another thing":
-                        renamed.add(value.name)
-            if not renamed:
-                return None
+            wrong, renamed = self._look(bounds)
+            if wrong is not None or not renamed:
+                return wrong
             self.common = [name for name in self.common if name not in renamed]
+
+    def _look(self, bounds: Bounds | None) -> tuple[OutputCheck | None, set[str]]:
+        """The first wrong value, or else the names that mean another thing."""
+        off = self.off()
+        names = {value.name for value in off}
+        renamed: set[str] = set()
+        open_: set[str] = set()
+        for value in off:
+            if not open_.isdisjoint(self.reads([value.name], self.common)):
+                # It begins with such a name: to be judged again without that.
+                open_.add(value.name)
+                continue
+            found = self.meaning(value.name, names, bounds)
+            if found == "wrong":
+                return value, renamed
+            if found:
+                renamed |= found
+                open_ |= found
+        return None, renamed
 
     # ---- which values ----
 
@@ -182,16 +200,19 @@ class Inside:
 
     def _unlike(self, names: Sequence[str]) -> set[str]:
         """Those that are no tensors, or have other shapes or types in the two models."""
-        new = [name for name in dict.fromkeys(names) if name not in self.alike]
-        unlike: set[str] = set()
+        new = [
+            n for n in dict.fromkeys(names) if n not in self.alike | self.unlike.keys()
+        ]
         for chunk in self.one.chunks(new, self.feeds[0], CHUNK_BYTES):
             left = self.values(self.one, self.workers.reference, chunk, self.feeds[0])
             right = self.values(self.two, self.workers.candidate, chunk, self.feeds[0])
             for name in chunk:
-                if not _same_kind(left[name], right[name]):
-                    unlike.add(name)
-        self.alike.update(name for name in new if name not in unlike)
-        return unlike
+                if _same_kind(left[name], right[name]):
+                    self.alike.add(name)
+                else:
+                    problems = (d.problem for d in compare(left[name], right[name]))
+                    self.unlike[name] = next(problems, None)
+        return self.unlike.keys() & set(names)
 
     def values(
         self, taps: TapModel, worker: Worker, names: Sequence[str], feed: Feed
@@ -276,62 +297,88 @@ class Inside:
 
     # ---- whether it matters ----
 
-    def meaning(self, name: str, off: set[str], bounds: Mapping[str, float]) -> Meaning:
+    def meaning(self, name: str, off: set[str], bounds: Bounds | None) -> Meaning:
         """What the error of value `name` says; `off` are all that are off by themselves.
 
-        "another thing" where the candidate has another use for the name, "nothing" where
-        no output depends on what differs (a shift of all scores before a Softmax).
+        "wrong", or the names by which the candidate means another thing: none of them
+        where no output depends on what differs (a shift of all scores before a Softmax).
         """
-        if name in bounds:
+        if name in self.two.outputs:
             return "wrong"
-        if max(bounds.values(), default=0.0) > _WIDE:
+        if bounds is None or max(bounds.values(), default=0.0) > _WIDE:
             return self._followed(name, off)
-        found = [self._enlarged(feed, name, bounds) for feed in self.feeds]
-        for meaning in ("another thing", "wrong"):
-            if meaning in found:
-                return meaning
-        return "nothing"
+        if not self._is_same(name, bounds):
+            return self._with_followers(name, bounds)
+        seen = any(self._is_seen(feed, name, bounds) for feed in self.feeds)
+        return "wrong" if seen else set()
 
     def _followed(self, name: str, off: set[str]) -> Meaning:
         """By whether the error is still there some values on.
 
         Where codes flip, outputs are so far apart by rounding alone that they tell
-        nothing. So the error is followed value by value, each judged at its own noise.
+        nothing. So the error is followed value by value, each judged at its own noise,
+        as far as some other value is off, which may undo it.
         """
-        common = [other for other in self.common if other != name]
-        front = self.readers([name], common)
-        if not off.isdisjoint(front):
-            return "another thing"  # what reads it was changed too, perhaps to match
-        for _ in range(_STEPS):
+        passed = {name}
+        ahead = off & self.two.followers(name)
+        for step in itertools.count():
+            common = [other for other in self.common if other not in passed]
+            front = self.readers(passed, common)
             wrong = [value.name for value in self.off_among(front, common)]
             if not wrong:
-                return "nothing"
-            if any(value in self.one.outputs for value in wrong):
+                if not off.isdisjoint(front):
+                    return passed
+                return "wrong" if step >= _STEPS else set()
+            if any(value in self.two.outputs for value in wrong):
                 return "wrong"
-            common = [other for other in common if other not in wrong]
-            front = self.readers(wrong, common)
-        return "wrong"
+            passed.update(wrong)
+            if step >= _STEPS and ahead <= passed:
+                return "wrong"
+        raise AssertionError  # the count does not end
 
-    def _enlarged(self, feed: Feed, name: str, bounds: Mapping[str, float]) -> Meaning:
-        """By what outputs do on one feed when the error is made larger."""
+    def _is_same(self, name: str, bounds: Bounds) -> bool:
+        """Whether the candidate goes right from the reference's value `name`."""
+        return all(self._is_same_on(feed, name, bounds) for feed in self.feeds)
+
+    def _is_same_on(self, feed: Feed, name: str, bounds: Bounds) -> bool:
+        held = self._with_inner(feed, [name])
+        expected = self._rest(self.one, self.workers.reference, name, held, bounds)
+        swapped = self._rest(self.two, self.workers.candidate, name, held, bounds)
+        apart = _apart(expected, swapped)
+        return all(apart[output] <= bound for output, bound in bounds.items())
+
+    def _with_followers(self, name: str, bounds: Bounds) -> set[str]:
+        """A name of another thing, with those after it that are of another thing too."""
+        found, front = {name}, [name]
+        while front:
+            common = [other for other in self.common if other not in found]
+            front = [
+                other
+                for other in self.readers(front, common)
+                if other not in self.two.outputs and not self._is_same(other, bounds)
+            ]
+            found.update(front)
+        return found
+
+    def _is_seen(self, feed: Feed, name: str, bounds: Bounds) -> bool:
+        """Whether outputs move when the error is made larger, more than by rounding."""
         right, own = self._right_and_own(feed, name)
-        ends = {output: output for output in bounds}
-        given = self._given({name: right}, [name])
-        rest = self._part(self.one, ends, given, "rest-one")
-        other = self._part(self.two, ends, given, "rest-two")
+        expected, moved, still = (
+            self._rest(
+                self.one, self.workers.reference, name, feed | {name: value}, bounds
+            )
+            for value in (right, amplified(right, own), _moved(right))
+        )
+        more, usual = _apart(expected, moved), _apart(expected, still)
+        return any(more[o] > max(SEEN, FACTOR * usual[o]) for o in bounds)
 
-        def outputs(worker: Worker, path: Path, value: Any) -> dict[str, Any]:
-            return self._run(worker, path, feed | {name: value}, list(ends))
-
-        left = self.workers.reference
-        expected = outputs(left, rest, right)
-        swapped = _apart(expected, outputs(self.workers.candidate, other, right))
-        if any(swapped[o] > bounds[o] for o in ends):
-            return "another thing"
-        more = _apart(expected, outputs(left, rest, amplified(right, own)))
-        still = _apart(expected, outputs(left, rest, _moved(right)))
-        seen = any(more[o] > max(SEEN, FACTOR * still[o]) for o in ends)
-        return "wrong" if seen else "nothing"
+    def _rest(
+        self, taps: TapModel, worker: Worker, name: str, held: Feed, outputs: Bounds
+    ) -> dict[str, Any]:
+        """The outputs of one model, given a value."""
+        ends = {output: output for output in outputs}
+        path = self._part(taps, ends, self._given(held, [name]), "rest")
+        return self._run(worker, path, held, list(ends))
 
     def _right_and_own(self, feed: Feed, name: str) -> tuple[Any, Any]:
         """A value in the reference, and what the candidate makes of equal beginnings."""

@@ -188,7 +188,7 @@ def _judge_provider(
     with question.worker() as left, question.worker() as right:
         workers = Workers(left, right)
         try:
-            settled = _settle(verdict, left, provider, feeds)
+            settled = settle(verdict, left, provider, feeds)
             _judge_settled(verdict, workers, provider, settled, moved)
         except ProviderError as error:
             # Listed by onnxruntime, yet its sessions run elsewhere: no usable GPU.
@@ -232,7 +232,7 @@ def _add_placement_notes(verdict: Verdict, provider: str) -> None:
 # --- feeds that run -----------------------------------------------------------------
 
 
-def _settle(verdict: Verdict, worker: Worker, provider: str, feeds: Feeds) -> Feeds:
+def settle(verdict: Verdict, worker: Worker, provider: str, feeds: Feeds) -> Feeds:
     """Feeds that the reference accepts: sizes of symbolic dims are found by trying.
 
     Raises UnsettledError where the reference cannot be loaded at either level or rejects

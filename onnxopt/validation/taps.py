@@ -63,6 +63,14 @@ class TapModel:
         """The values that `node` reads, those read inside its subgraphs included."""
         return set(_reads(node))
 
+    def followers(self, name: str) -> set[str]:
+        """All values that depend on value `name`."""
+        found = {name}
+        for node in self.nodes:
+            if not found.isdisjoint(self.sources(node)):
+                found.update(node.output)
+        return found - {name}
+
     def bytes_of(self, name: str, symbols: Mapping[str, int]) -> int | None:
         """Size of a value where its symbolic dims are `symbols`; None where unknown."""
         dims, kind = self.graph.shape(name), self.graph.dtype(name)
