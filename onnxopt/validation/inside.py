@@ -319,20 +319,22 @@ class Inside:
         nothing. So the error is followed value by value, each judged at its own noise,
         as far as some other value is off, which may undo it.
         """
-        passed = {name}
+        passed, clean = {name}, set[str]()
         ahead = off & self.two.followers(name)
         for step in itertools.count():
             common = [other for other in self.common if other not in passed]
-            front = self.readers(passed, common)
+            front = [r for r in self.readers(passed, common) if r not in clean]
             wrong = [value.name for value in self.off_among(front, common)]
+            right = set(front).difference(wrong)
+            if not wrong and not off.isdisjoint(right):
+                return passed
             if not wrong:
-                if not off.isdisjoint(front):
-                    return passed
                 return "wrong" if step >= _STEPS else set()
             if any(value in self.two.outputs for value in wrong):
                 return "wrong"
             passed.update(wrong)
-            if step >= _STEPS and ahead <= passed:
+            clean.update(right)
+            if step >= _STEPS and ahead <= passed | clean:
                 return "wrong"
         raise AssertionError  # the count does not end
 

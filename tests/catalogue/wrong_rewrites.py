@@ -297,7 +297,7 @@ def bias_halved_in_the_other_branch(model: ModelProto) -> None:
     set_constant(model, name, constant(model, name) / 2)
 
 
-@plant("silero-vad", f"{THEN}/If_output_0")
+@plant("silero-vad", f"{THEN}/Equal_output_0")
 def branches_swapped(model: ModelProto) -> None:
     condition = f"{THEN}/Equal_output_0"
     after(model, condition, node("Not", [f"{condition}/raw"], [condition]))
@@ -680,7 +680,10 @@ def mean_of_rows_only(model: ModelProto) -> None:
     producer(model, "mean").input[0] = "cut"
 
 
-@plant("fashion_qat_legacy", "/blocks/blocks.0/branch/branch.0/conv/Conv_output_0")
+@plant(
+    "fashion_qat_legacy",
+    "/blocks/blocks.0/branch/branch.0/conv/quantize_weight/Abs_output_0",
+)
 def one_channel_of_quantized_weights_off(model: ModelProto) -> None:
     name = "blocks.0.branch.0.conv.weight"
     weight = constant(model, name)
@@ -776,7 +779,7 @@ def with_a_loop(model: ModelProto) -> None:
     after(model, "logits", node("Loop", inputs, ["logits"], body=_loop_body()))
 
 
-@plant("fashion_float", "smaller", with_a_loop)
+@plant("fashion_float", "next", with_a_loop)
 def loop_body_changed(model: ModelProto) -> None:
     """Adds first and halves then."""
     graph, index = place(model, "smaller")
