@@ -61,19 +61,22 @@ def macs(model: Model) -> int | None:
     Convolutions and matrix products of the main graph and its subgraphs, each counted
     once; None where a shape that it needs is unknown.
     """
-    total = 0
+    found = list(_counts(model))
+    return None if None in found else sum(filter(None, found))
+
+
+def known_macs(model: Model) -> int:
+    """The same, at least: nodes of unknown shapes, and functions, count nothing."""
+    return sum(filter(None, _counts(model)))
+
+
+def _counts(model: Model) -> Iterator[int | None]:
+    """A count per counted node; None where a shape is unknown, or open in a function."""
     for view in model.views():
-        if view.is_function:
-            if any(view.op(node) in _COUNTED for node in view.proto.node):
-                return None
-            continue
-        for node in view.nodes():
+        for node in view.proto.node:
             count = _COUNTED.get(view.op(node))
-            found = count(view, node) if count else 0
-            if found is None:
-                return None
-            total += found
-    return total
+            if count:
+                yield None if view.is_function else count(view, node)
 
 
 def _dims(view: GraphView, name: str) -> list[int] | None:

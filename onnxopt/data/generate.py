@@ -3,16 +3,19 @@
 A value depends on (seed, input name, index) and its shape alone, so adding an input
 to a model leaves the others as they were. Symbolic dims are bound by `Binding`s, each
 symbol to one size within a feed: which sizes a model accepts cannot be read off its
-inputs, so `candidate_bindings` proposes and whoever has a session tries them.
+inputs, so `candidate_bindings` proposes and whoever has a session tries them. A single
+number that chooses what is computed (a sampling rate, a flag) is a `setting`, bound
+beside the sizes, since one often allows the other.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -21,7 +24,7 @@ import numpy as np
 import onnx
 
 from onnxopt.data.inputs import Dim, Feed, Feeds, InputSpec, shape_text
-from onnxopt.data.ranges import Bound, index_bounds
+from onnxopt.data.ranges import Bound, index_bounds, telling_values
 from onnxopt.errors import SessionError, UsageError
 
 Binding: TypeAlias = dict[str, int]
@@ -40,26 +43,46 @@ _ROUNDS: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...] = (
     (1, (16000,), (640, 640)),
     (1, (100,), (1, 1)),
 )
+# The same for sizes as they occur in use: those of images, and lengths.
+_REALISTIC: tuple[tuple[int, tuple[int, int]], ...] = (
+    (128, (224, 224)),
+    (128, (320, 320)),
+    (256, (256, 256)),
+)
+_RATES = (16000, 8000)
+BLAND_ATTEMPT = 2
+"""Attempt from which on no telling values are put in: a model may refuse them all."""
+_MOST_SETTINGS = 8
 _MASK = re.compile(r"mask|^valid", re.IGNORECASE)
 _RATE = re.compile(r"^sr$|sampl(e|ing)_?rate", re.IGNORECASE)
 _POSITION = re.compile(r"position", re.IGNORECASE)
 _LENGTH = re.compile(r"len(gth)?s?$", re.IGNORECASE)
 _SUM = re.compile(r"\s*(\w+)\s*([-+*])\s*(\w+)\s*")
 _DEFAULT_BOUND = 10
+_KINDS = 4
+"""Kinds of float values, see `_floats`."""
 _RANK_IF_OPEN = 2
+_TELLING_SHARE = 0.25
+"""Part of the integers that lie at a limit or beside what they are compared with."""
 _LARGEST = 1 << 30
 """Bytes of one input beyond which no values are made up."""
 
 
 @dataclass(frozen=True)
 class GeneratedFeeds(Feeds):
-    """`count` feeds, the n-th with the n-th binding (in turn)."""
+    """`count` feeds, the n-th with the n-th binding (in turn).
+
+    `telling` holds values on every side of what an input is compared with; `attempts`
+    says which feeds, by number, are made from other random numbers than usual.
+    """
 
     inputs: tuple[InputSpec, ...]
     seed: int
     count: int
     bindings: tuple[Binding, ...]
     bounds: Mapping[str, Sequence[Bound]] = field(default_factory=dict)
+    telling: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    attempts: Mapping[int, int] = field(default_factory=dict)
     source: str = "generated feeds"
 
     def __iter__(self) -> Iterator[Feed]:
@@ -68,16 +91,91 @@ class GeneratedFeeds(Feeds):
     def feed(self, index: int, binding: Binding | None = None) -> Feed:
         """Feed number `index`, with its own binding unless another is given."""
         if binding is None:
-            binding = self.bindings[index % len(self.bindings)]
+            binding = self.binding(index)
         return {
             spec.name: _value(self, spec, index, binding)
             for spec in self.inputs
             if not (spec.kind.startswith("optional") and index % 4 == 3)
         }
 
+    def binding(self, index: int) -> Binding:
+        """The binding of a feed; each meets every kind of values sooner or later."""
+        size = len(self.bindings)
+        return self.bindings[(index + index // math.lcm(size, _KINDS)) % size]
+
     def with_bindings(self, bindings: Sequence[Binding]) -> GeneratedFeeds:
         """The same feeds at other sizes."""
         return dataclasses.replace(self, bindings=tuple(bindings))
+
+    def with_attempts(self, attempts: Mapping[int, int]) -> GeneratedFeeds:
+        """The same feeds, some of them made anew."""
+        return dataclasses.replace(self, attempts=dict(attempts))
+
+    @property
+    def may_be_refused(self) -> bool:
+        """Whether a model may refuse values and not only sizes."""
+        return any(
+            spec.dtype.kind != "f" and not is_mask(spec.name) for spec in self.inputs
+        )
+
+    def settings(self) -> list[Binding]:
+        """Combinations of the numbers that choose what is computed; `[{}]` without."""
+        chosen = {
+            setting_of(spec): values
+            for spec in self.inputs
+            if (values := _setting_values(self, spec))
+        }
+        lengths = [len(values) for values in chosen.values()]
+        rows: Iterable[Sequence[int]] = itertools.product(*map(range, lengths))
+        if math.prod(lengths) > _MOST_SETTINGS:
+            rows = (
+                [_digit(row, place) % length for place, length in enumerate(lengths)]
+                for row in range(_MOST_SETTINGS)
+            )
+        return [
+            {
+                name: values[at]
+                for (name, values), at in zip(chosen.items(), row, strict=True)
+            }
+            for row in rows
+        ]
+
+    def firsts(self) -> list[int]:
+        """The first feed of every setting."""
+        names = [setting_of(spec) for spec in self.inputs]
+        found: dict[tuple[int | None, ...], int] = {}
+        for index in range(self.count):
+            binding = self.binding(index)
+            found.setdefault(tuple(binding.get(name) for name in names), index)
+        return list(found.values())
+
+    def first_single(self) -> int | None:
+        """The first feed that holds one sample; None where the model leaves no choice."""
+        batch = _symbols(self.inputs)[0]
+        single = (
+            index
+            for index in range(self.count)
+            if all(self.binding(index).get(symbol) == 1 for symbol in batch)
+        )
+        return next(single, None) if batch else None
+
+    def range_of(self, spec: InputSpec, index: int) -> tuple[int, int] | None:
+        """Lowest and highest integer that is known to mean something in a feed."""
+        plain = not any(p.search(spec.name) for p in (_MASK, _RATE, _POSITION, _LENGTH))
+        if not spec.is_integer or not plain or _setting_values(self, spec):
+            return None
+        bound = _bound(self.bounds.get(spec.name, ()), self.binding(index))
+        if bound is not None:
+            return 0, bound - 1
+        if spec.dtype.itemsize == 1:
+            return _limits(spec)
+        legal = _legal(spec, self.telling.get(spec.name, ()), None)
+        return (min(legal), max(legal)) if legal else None
+
+
+def _digit(row: int, place: int) -> int:
+    """The place-th of some numbers that vary independently over few rows."""
+    return (row >> place % 3) + place // 3 * (row >> (place + 1) % 3)
 
 
 def generate_feeds(
@@ -88,7 +186,9 @@ def generate_feeds(
     count: int = 8,
     shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> GeneratedFeeds:
-    """Seeded feeds; `shapes` fixes the shape of inputs, `model` gives index ranges.
+    """Seeded feeds; `shapes` fixes the shape of inputs.
+
+    `model` gives the ranges of indices, and constants that inputs are compared with.
 
     Raises UsageError for an input that cannot be made up (a map, a sparse tensor), and
     for `shapes` that name no input or contradict a static dim.
@@ -100,12 +200,14 @@ def generate_feeds(
             )
     fixed = _with_shapes(inputs, shapes or {})
     integers = [spec.name for spec in fixed if spec.is_integer]
+    floats = [spec.name for spec in fixed if spec.dtype.kind == "f"]
     return GeneratedFeeds(
         inputs=tuple(fixed),
         seed=seed,
         count=count,
         bindings=tuple(candidate_bindings(fixed)[:4]),
         bounds=index_bounds(model, integers) if model is not None else {},
+        telling=telling_values(model, integers, floats) if model is not None else {},
     )
 
 
@@ -173,6 +275,84 @@ def batched(inputs: Sequence[InputSpec], binding: Binding, size: int) -> Binding
     return binding | dict.fromkeys(_symbols(inputs)[0], size)
 
 
+def without_samples(inputs: Sequence[InputSpec], binding: Binding) -> Binding:
+    """The binding without the symbols that count samples."""
+    batch = _symbols(inputs)[0]
+    return {symbol: size for symbol, size in binding.items() if symbol not in batch}
+
+
+def ragged(inputs: Sequence[InputSpec], binding: Binding) -> list[Binding]:
+    """One sample at sizes that common strides do not divide, near the binding's.
+
+    An eighth more, which leaves half a stride over (512 -> 576: 64 modulo 128), and an
+    odd size: a last window then ends elsewhere, in the padding or before the end.
+    """
+    _, image, other = _symbols(inputs)
+    eighth = {s: binding[s] + max(1, binding[s] // 8) for s in (*image, *other)}
+    odd = {s: (binding[s] + binding[s] // 4) | 1 for s in (*image, *other)}
+    found = [batched(inputs, binding | sizes, 1) for sizes in (eighth, odd)]
+    return found if image or other else []
+
+
+def realistic(inputs: Sequence[InputSpec]) -> list[Binding]:
+    """One sample at sizes that occur in use: small ones leave windows all padding."""
+    batch, image, other = _symbols(inputs)
+    found = [
+        dict.fromkeys(batch, 1)
+        | {symbol: pixels[i % 2] for i, symbol in enumerate(image)}
+        | dict.fromkeys(other, length)
+        for length, pixels in _REALISTIC
+    ]
+    return found if image or other else []
+
+
+def setting_of(spec: InputSpec) -> str:
+    """What a binding calls the value of an input that is one number: `sr[]`."""
+    return f"{spec.name}[]"
+
+
+def is_mask(name: str) -> bool:
+    """Whether an input is a mask, by its name."""
+    return _MASK.search(name) is not None
+
+
+def _setting_values(feeds: GeneratedFeeds, spec: InputSpec) -> list[int]:
+    """Values of an input that chooses what is computed; none where it is just data."""
+    telling = feeds.telling.get(spec.name, ())
+    rate = spec.is_integer and _RATE.search(spec.name) and spec.name not in feeds.bounds
+    if spec.kind != "tensor" or is_mask(spec.name):
+        return []
+    if rate:
+        # A rate is a round number: beside the ones compared with, none makes sense.
+        named = [int(value) for value in telling if value > 0 and value % 25 == 0]
+        return list(dict.fromkeys((*_RATES, *named)))[:_MOST_SETTINGS]
+    if spec.shape is None or any(dim != 1 for dim in spec.shape):
+        return []
+    if spec.dtype.kind == "b":
+        return [0, 1]
+    if not spec.is_integer:
+        return []
+    legal = _legal(spec, telling, _bound(feeds.bounds.get(spec.name, ()), {}))
+    step = max(1, -(-len(legal) // _MOST_SETTINGS))
+    return legal[::step]
+
+
+def _legal(spec: InputSpec, telling: Sequence[float], bound: int | None) -> list[int]:
+    """Integers among the telling values that the input may hold."""
+    low, high = _limits(spec)
+    if bound is not None:
+        low, high = 0, bound - 1
+    if _LENGTH.search(spec.name):
+        low = 1
+    return [int(value) for value in telling if low <= value <= high]
+
+
+def _limits(spec: InputSpec) -> tuple[int, int]:
+    """Smallest and largest integer of the input's type."""
+    limits = ml_dtypes.iinfo(spec.dtype)  # type: ignore[no-untyped-call]
+    return int(limits.min), int(limits.max)
+
+
 def _symbols(inputs: Sequence[InputSpec]) -> tuple[list[str], list[str], list[str]]:
     """Symbols that count samples, those on the axes of images, and all others."""
     batch: dict[str, None] = {}
@@ -222,7 +402,7 @@ def _term(text: str, binding: Binding) -> int:
 
 
 def _value(feeds: GeneratedFeeds, spec: InputSpec, index: int, binding: Binding) -> Any:
-    random = _generator(feeds.seed, spec.name, index)
+    attempt = feeds.attempts.get(index, 0)
     dims = spec.shape if spec.shape is not None else (None,) * _RANK_IF_OPEN
     shape = tuple(_size(spec, axis, dim, binding) for axis, dim in enumerate(dims))
     size = math.prod(shape) * spec.dtype.itemsize
@@ -231,14 +411,24 @@ def _value(feeds: GeneratedFeeds, spec: InputSpec, index: int, binding: Binding)
             f"made-up values of input {spec.name!r} would take {size:,} bytes "
             f"({shape_text(shape)}): give feeds (--data)"
         )
-    bound = _bound(feeds.bounds.get(spec.name, ()), binding)
+    if settings := _setting_values(feeds, spec):
+        setting = binding.get(setting_of(spec), settings[index % len(settings)])
+        return np.full(shape, setting).astype(spec.dtype)
+    made = _Maker(
+        random=_generator(feeds.seed, spec.name, index, attempt),
+        spec=spec,
+        bound=_bound(feeds.bounds.get(spec.name, ()), binding),
+        telling=feeds.telling.get(spec.name, ()) if attempt < BLAND_ATTEMPT else (),
+        index=index,
+    )
     if spec.kind.endswith("sequence"):
-        return [_array(random, spec, shape, bound, index) for _ in range(1 + index % 3)]
-    return _array(random, spec, shape, bound, index)
+        return [made.array(shape) for _ in range(1 + index % 3)]
+    return made.array(shape)
 
 
-def _generator(seed: int, name: str, index: int) -> np.random.Generator:
-    digest = hashlib.sha256(f"{seed}:{index}:{name}".encode()).digest()
+def _generator(seed: int, name: str, index: int, attempt: int) -> np.random.Generator:
+    text = f"{seed}:{index}:{name}" + (f":{attempt}" if attempt else "")
+    digest = hashlib.sha256(text.encode()).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
 
 
@@ -247,28 +437,61 @@ def _bound(bounds: Sequence[Bound], binding: Binding) -> int | None:
     return min((size for size in sizes if size), default=None)
 
 
-def _array(
-    random: np.random.Generator,
-    spec: InputSpec,
-    shape: tuple[int, ...],
-    bound: int | None,
-    index: int,
-) -> np.ndarray:
-    kind = spec.dtype.kind
-    if _MASK.search(spec.name) and kind != "O":
-        return _prefix_mask(random, shape, index).astype(spec.dtype)
-    if kind == "O":
-        return _strings(random, shape)
-    if kind == "b":
-        return random.random(shape) < 0.5
-    if spec.is_integer:
-        return _integers(random, spec, shape, bound)
-    floats = _floats(random, shape, index)
-    if kind == "c":
-        floats = floats + 1j * random.standard_normal(shape)
-    return np.asarray(floats, dtype=np.float32 if kind == "V" else None).astype(
-        spec.dtype
-    )
+@dataclass(frozen=True)
+class _Maker:
+    """Makes the arrays of one input in one feed."""
+
+    random: np.random.Generator
+    spec: InputSpec
+    bound: int | None
+    telling: Sequence[float]
+    index: int
+
+    def array(self, shape: tuple[int, ...]) -> np.ndarray:
+        """The next array."""
+        random, spec, kind = self.random, self.spec, self.spec.dtype.kind
+        if is_mask(spec.name) and kind != "O":
+            return _prefix_mask(random, shape, self.index).astype(spec.dtype)
+        if kind == "O":
+            return _strings(random, shape)
+        if kind == "b":
+            return random.random(shape) < 0.5
+        if spec.is_integer:
+            return self._integers(shape)
+        floats = _floats(random, shape, self.index)
+        if self.telling and math.prod(shape) == 1:
+            floats = np.full(shape, self.telling[self.index % len(self.telling)])
+        if kind == "c":
+            floats = floats + 1j * random.standard_normal(shape)
+        return np.asarray(floats, dtype=np.float32 if kind == "V" else None).astype(
+            spec.dtype
+        )
+
+    def _integers(self, shape: tuple[int, ...]) -> np.ndarray:
+        spec, bound = self.spec, self.bound
+        if _POSITION.search(spec.name) and shape:
+            steps = np.arange(shape[-1]) % (bound or max(shape[-1], 1))
+            return np.broadcast_to(steps, shape).astype(spec.dtype)
+        low, high = 0, bound or _DEFAULT_BOUND
+        if bound is None and spec.dtype.itemsize == 1:
+            low, high = _limits(spec)[0], _limits(spec)[1] + 1
+        if bound is None and _LENGTH.search(spec.name):
+            low = 1
+        values = self.random.integers(low, high, size=shape)
+        ends = [low, high - 1] if bound or spec.dtype.itemsize == 1 else []
+        return self._with_telling(values, ends).astype(spec.dtype)
+
+    def _with_telling(self, values: np.ndarray, ends: Sequence[int]) -> np.ndarray:
+        """Some of the values at a limit, or beside a constant they are compared with."""
+        telling = [*ends, *_legal(self.spec, self.telling, self.bound)]
+        if not telling:
+            return values
+        if values.size == 1:
+            at = self.index // 2 % len(telling)
+            return np.full_like(values, telling[at]) if self.index % 2 else values
+        drawn = self.random.choice(np.array(telling), size=values.shape)
+        here = self.random.random(values.shape) < _TELLING_SHARE
+        return np.where(here, drawn, values)
 
 
 def _floats(
@@ -280,7 +503,7 @@ def _floats(
     axes for it; then, for images, the range of pixels. A text detector answers the
     first two with 1e-7 everywhere, which proves nothing.
     """
-    match index % 4:
+    match index % _KINDS:
         case 1:
             return random.random(shape)
         case 2:
@@ -314,23 +537,3 @@ def _prefix_mask(
 def _strings(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     words = np.array(["a", "no", "yes", "Zürich", "onnx 1", "", "42"], dtype=object)
     return np.asarray(words[random.integers(0, len(words), size=shape)], dtype=object)
-
-
-def _integers(
-    random: np.random.Generator,
-    spec: InputSpec,
-    shape: tuple[int, ...],
-    bound: int | None,
-) -> np.ndarray:
-    if bound is None and _RATE.search(spec.name):
-        return np.full(shape, 16000).astype(spec.dtype)
-    if _POSITION.search(spec.name) and shape:
-        steps = np.arange(shape[-1]) % (bound or max(shape[-1], 1))
-        return np.broadcast_to(steps, shape).astype(spec.dtype)
-    low, high = 0, bound or _DEFAULT_BOUND
-    if bound is None and spec.dtype.itemsize == 1:
-        limits = ml_dtypes.iinfo(spec.dtype)  # type: ignore[no-untyped-call]
-        low, high = int(limits.min), int(limits.max) + 1
-    if bound is None and _LENGTH.search(spec.name):
-        low = 1
-    return random.integers(low, high, size=shape).astype(spec.dtype)

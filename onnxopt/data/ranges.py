@@ -1,14 +1,17 @@
-"""Which integers an input may hold: traced from the input to where it is an index.
+"""What an input may hold, and what it should: traced from the input to its uses.
 
     ids -> Cast -> Gather(table[30522, 384], axis=0)     ids are in 0..30521
+    rate -> Equal(16000) -> If                           rate is 16000, and 16001
 
 Indices out of range make the reference itself fail, so feeds made without this would
-prove nothing about a language model.
+prove nothing about a language model. Values that all fall on one side of a comparison
+prove nothing about what the other side computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -16,6 +19,7 @@ import onnx
 from onnx import numpy_helper
 
 from onnxopt.data.inputs import Dim, dims_of
+from onnxopt.graph import constant_value
 
 # An exclusive upper bound: a number, or the symbol of a dim that a feed binds.
 Bound: TypeAlias = int | str
@@ -38,6 +42,12 @@ _CARRY = {
 _SAME_SHAPE = {"Cast", "DequantizeLinear", "Identity", "QuantizeLinear"}
 # Where com.microsoft's fused embedding takes ids, and where their tables.
 _EMBEDDING_TABLES = {0: 2, 1: 4}
+# Operators that tell values below a constant from values above it.
+_ORDERS = {"Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Clip", "Max", "Min"}
+# Of a table of constants that a value is compared with, so many are kept.
+_MOST_CONSTANTS = 512
+# A constant as large as this stands for "no limit".
+_NO_LIMIT = 2**31 - 1
 # Inference parses a whole copy of the model: not worth it for big ones.
 _INFERENCE_LIMIT = 1 << 28
 
@@ -49,13 +59,71 @@ def index_bounds(model: onnx.ModelProto, names: Sequence[str]) -> dict[str, list
     return {name: bounds for name, bounds in found.items() if bounds}
 
 
+def telling_values(
+    model: onnx.ModelProto, whole: Sequence[str], floats: Sequence[str] = ()
+) -> dict[str, list[float]]:
+    """Values on every side of the constants that the named inputs are compared with.
+
+    `whole` are inputs of integers, `floats` of floats: those stay clear of the constant
+    itself, where rounding alone takes the other side. No entry where nothing is compared.
+    """
+    facts = _Facts(model)
+    sides: list[tuple[Sequence[str], _Sides]] = [
+        (whole, _whole_sides),
+        (floats, _float_sides),
+    ]
+    found = {
+        name: sorted({v for each in _compared(facts, name) for v in beside(*each)})
+        for names, beside in sides
+        for name in names
+    }
+    return {name: values for name, values in found.items() if values}
+
+
+_Sides: TypeAlias = Callable[[str, float], Iterable[float]]
+
+
+def _whole_sides(op_type: str, constant: float) -> Iterable[int]:
+    low, high = math.floor(constant), math.ceil(constant)
+    if op_type == "Equal":
+        return (low, low + 1) if low == high else ()
+    return high - 1, low, high, low + 1
+
+
+def _float_sides(op_type: str, constant: float) -> Iterable[float]:
+    step = max(1.0, abs(constant)) / 2
+    return constant - step, constant + step
+
+
+def _compared(facts: _Facts, name: str) -> Iterator[tuple[str, float]]:
+    """Comparing operators that elements of an input reach, each with a constant."""
+    for node, position in _reached(facts, name):
+        if node.op_type == "Cast" and _attribute(node, "to", 0) == onnx.TensorProto.BOOL:
+            yield "Equal", 0.0
+        if node.op_type == "Equal" or node.op_type in _ORDERS:
+            others = [n for i, n in enumerate(node.input) if i != position]
+            values = {v for n in others for v in facts.values(n) if abs(v) < _NO_LIMIT}
+            yield from ((node.op_type, value) for value in _thinned(sorted(values)))
+
+
+def _thinned(values: list[float]) -> list[float]:
+    step = max(1, -(-len(values) // _MOST_CONSTANTS))
+    return sorted({*values[::step], *values[-1:]})
+
+
 def _bounds(facts: _Facts, name: str) -> Iterator[Bound]:
+    for node, position in _reached(facts, name):
+        bound = _bound_at(facts, node, position)
+        if bound is not None:
+            yield bound
+
+
+def _reached(facts: _Facts, name: str) -> Iterator[tuple[onnx.NodeProto, int]]:
+    """Uses of a tensor, and of what holds its elements."""
     seen, queue = {name}, [name]
     while queue:
         for node, position in facts.uses.get(queue.pop(), ()):
-            bound = _bound_at(facts, node, position)
-            if bound is not None:
-                yield bound
+            yield node, position
             if node.op_type in _CARRY and position == 0:
                 queue += [out for out in node.output if out not in seen]
                 seen.update(node.output)
@@ -124,9 +192,10 @@ class _Facts:
             self.uses.setdefault(name, []).append((node, position))
         for name in node.output:
             self.producers[name] = node
+        constant = constant_value(node)
+        if constant is not None:
+            self.constants[node.output[0]] = constant
         for attribute in node.attribute:
-            if node.op_type == "Constant" and attribute.name == "value":
-                self.constants[node.output[0]] = attribute.t
             for graph in (*attribute.graphs, attribute.g):
                 self._add_graph(graph)
 
@@ -168,3 +237,18 @@ class _Facts:
         if np.prod(tensor.dims, dtype=np.int64) != 1:
             return None
         return int(numpy_helper.to_array(tensor).reshape(-1)[0])
+
+    def values(self, name: str) -> list[float]:
+        """The finite numbers of a constant, also behind nodes that carry them."""
+        while name not in self.constants:
+            node = self.producers.get(name)
+            if node is None or node.op_type not in _CARRY:
+                return []
+            name = node.input[0]
+        tensor = self.constants[name]
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            return []
+        array = numpy_helper.to_array(tensor)
+        if array.dtype.kind not in "biuf":
+            return []
+        return [value for value in np.unique(array).tolist() if math.isfinite(value)]

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, helper, shape_inference
 
-from onnxopt import attributes, memory
+from onnxopt import attributes, cost, memory
 from onnxopt.bare import bare_copy
 from onnxopt.data.inputs import Feed
 from onnxopt.errors import OnnxoptError, WorkerMemoryError
@@ -69,6 +69,16 @@ class Footprint:
             self._peaks[shapes] = self._measured(dict(shapes))
         return self._peaks[shapes]
 
+    def macs(self, feed: Feed) -> int:
+        """Multiply-accumulates of a run, at least; 0 where unknown."""
+        try:
+            model = Model.open(self.path)
+            _fix_inputs(model.proto.graph, dict(_shapes(feed)))
+            return cost.known_macs(model)
+        except (OnnxoptError, OSError, ValueError) as error:
+            log.info("the work of a run could not be estimated: %s", error)
+            return 0
+
     def _measured(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         bare = self._copy()
         if bare is None:
@@ -102,16 +112,20 @@ def _shapes(feed: Feed) -> Shapes:
 def _inferred(bare: ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> ModelProto:
     model = ModelProto()
     model.CopyFrom(bare)
-    for value in model.graph.input:
-        if value.name in shapes and value.type.HasField("tensor_type"):
-            value.type.tensor_type.ClearField("shape")
-            for size in shapes[value.name]:
-                value.type.tensor_type.shape.dim.add().dim_value = size
+    _fix_inputs(model.graph, shapes)
     try:
         with memory.at_most(_LID + 8 * model.ByteSize()):
             return shape_inference.infer_shapes(model, data_prop=True)
     except MemoryError:
         return shape_inference.infer_shapes(model)
+
+
+def _fix_inputs(graph: GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for value in graph.input:
+        if value.name in shapes and value.type.HasField("tensor_type"):
+            value.type.tensor_type.ClearField("shape")
+            for size in shapes[value.name]:
+                value.type.tensor_type.shape.dim.add().dim_value = size
 
 
 def _peak(graph: GraphProto) -> int:

@@ -7,10 +7,11 @@ says what the numbers mean and where they come from.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import tempfile
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
@@ -24,7 +25,13 @@ from onnxopt.data import (
     candidate_bindings,
     load_function,
 )
-from onnxopt.data.generate import batched
+from onnxopt.data.generate import (
+    BLAND_ATTEMPT,
+    batched,
+    ragged,
+    realistic,
+    without_samples,
+)
 from onnxopt.data.load import script_error
 from onnxopt.errors import (
     InvalidModelError,
@@ -59,10 +66,17 @@ log = logging.getLogger("onnxopt.validate")
 
 __all__ = ["AbsentProviderError", "Budget", "judge"]
 
-# Sizes of the symbolic dims that generated feeds are spread over, once found to run.
+# Plain sizes of the symbolic dims that generated feeds are spread over, once found to
+# run; ragged and realistic ones come on top.
 _BINDINGS_WANTED = 4
 # Once some size runs, larger ones are not tried: they could take all memory.
 _MODEST_SIZE = 512
+# Sizes up to this are large enough to have something left over by common strides.
+_MODERATE_SIZE = 128
+# Multiply-accumulates of one run up to which sizes as they occur in use are tried.
+_REALISTIC_MACS = 10**10
+# How often a feed that the reference refuses is made anew.
+_ATTEMPTS = 4
 # Feeds on which the difference between levels is measured.
 _LEVEL_FEEDS = 4
 
@@ -246,13 +260,14 @@ def settle(verdict: Verdict, worker: Worker, provider: str, feeds: Feeds) -> Fee
                 return feeds
             reference = _Reference(verdict.question, provider, session)
             bindings = _bindings_that_run(reference, feeds)
+            feeds = _values_that_run(reference, feeds.with_bindings(bindings))
             session.close()
     except (SessionError, WorkerMemoryError) as error:
         raise UnsettledError(str(error)) from error
     if bindings[0]:
         sizes = "; ".join(_binding_text(binding) for binding in bindings)
         verdict.note(f"sizes of symbolic dims in the generated feeds: {sizes}")
-    return feeds.with_bindings(bindings)
+    return feeds
 
 
 def _load_at_any_level(question: Question, worker: Worker, provider: str) -> Session:
@@ -267,7 +282,7 @@ def _load_at_any_level(question: Question, worker: Worker, provider: str) -> Ses
 
 
 def _binding_text(binding: Binding) -> str:
-    return ", ".join(f"{symbol}={size}" for symbol, size in binding.items())
+    return ", ".join(f"{s.removesuffix('[]')}={size}" for s, size in binding.items())
 
 
 @dataclass
@@ -287,28 +302,125 @@ class _Reference:
             return error
         return None
 
+    def runs(self, feed: Feed) -> bool:
+        """Whether ONNX Runtime accepts the feed."""
+        return self.refusal(feed) is None
+
+    def is_modest(self, feed: Feed) -> bool:
+        """Whether a run on the feed costs little enough to be made many times."""
+        return self.question.macs("reference", feed) <= _REALISTIC_MACS
+
 
 def _bindings_that_run(reference: _Reference, feeds: GeneratedFeeds) -> list[Binding]:
-    """Up to four bindings, with more than one sample in one of them if that runs."""
-    found: list[Binding] = []
+    """Bindings for as many feeds at most, every setting that runs among them in turn.
+
+    Raises SessionError where none runs, WorkerError where none was found before one.
+    """
+    settings = feeds.settings()
+    share = max(1, feeds.count // len(settings))
+    found: list[list[Binding]] = []
     refusal: WorkerError | None = None
-    try:
-        for binding in candidate_bindings(feeds.inputs):
-            large = max(binding.values(), default=0) > _MODEST_SIZE
-            if len(found) == _BINDINGS_WANTED or (found and large):
-                break
-            error = reference.refusal(feeds.feed(0, binding))
+    for setting in settings:
+        trial = _Trial(reference, feeds, setting)
+        try:
+            trial.run(in_use=not found)
+            found.append(trial.best(share))
+        except WorkerError as error:
             refusal = refusal or error
-            found += [] if error else [binding]
-        if found:
-            return [*_more_samples(reference, feeds, found), *found][:_BINDINGS_WANTED]
-    except WorkerError as error:
-        # Some size took all memory or time: those before it will do.
-        if not found:
-            raise
-        log.info("no larger feeds were tried: %s", error)
-        return found
-    raise refusal or SessionError("there is nothing to try")
+            if not isinstance(error, SessionError):
+                break
+    if not found:
+        raise refusal or SessionError("there is nothing to try")
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*found))
+    return [binding for binding in in_turn if binding is not None][: feeds.count]
+
+
+@dataclass
+class _Trial:
+    """Bindings under one setting, as they are tried; those that ran, in order.
+
+    `plain` ones are small and even; `special` ones ragged, and as large as in use.
+    """
+
+    reference: _Reference
+    feeds: GeneratedFeeds
+    setting: Binding
+    plain: list[Binding] = field(default_factory=list)
+    special: list[Binding] = field(default_factory=list)
+    refusal: SessionError | None = None
+
+    def run(self, in_use: bool) -> None:
+        """Try sizes, those as they are `in_use` where wanted. Raises where none runs."""
+        try:
+            self._try_plain()
+            if self.plain:
+                self._try_special(in_use)
+        except WorkerError as error:
+            # Some size took all memory or time: those before it will do.
+            if not self.plain:
+                raise
+            log.info("no larger feeds were tried: %s", error)
+        if not self.plain:
+            raise self.refusal or SessionError("there is nothing to try")
+
+    def best(self, count: int) -> list[Binding]:
+        """So many, with something of either sort."""
+        plain = self.plain[: max(1, count - len(self.special))]
+        return [*plain, *self.special][:count]
+
+    def _try_plain(self) -> None:
+        for binding in candidate_bindings(self.feeds.inputs):
+            large = max(binding.values(), default=0) > _MODEST_SIZE
+            if len(self.plain) == _BINDINGS_WANTED or (self.plain and large):
+                break
+            if not self._has_sizes_of(binding):
+                self._add(self.plain, binding | self.setting)
+        if self.plain and not any(self._single(each) == each for each in self.plain):
+            self._add(self.plain, self._single(self.plain[0]))
+        if self.plain:
+            more = _more_samples(self.reference, self.feeds, self.plain)
+            self.plain = [*more, *self.plain][:_BINDINGS_WANTED]
+
+    def _try_special(self, in_use: bool) -> None:
+        inputs, setting = self.feeds.inputs, self.setting
+        for binding in ragged(inputs, min(self.plain, key=self._from_moderate)):
+            self._add(self.special, binding)
+        for binding in realistic(inputs) if in_use else ():
+            feed = self.feeds.feed(0, binding | setting)
+            if self.reference.is_modest(feed) and self._add(
+                self.special, binding | setting
+            ):
+                break
+
+    def _add(self, found: list[Binding], binding: Binding) -> bool:
+        """Keep a binding that the reference accepts, with other values if need be."""
+        if binding in self.plain or binding in self.special:
+            return True
+        for attempt in (0, BLAND_ATTEMPT) if self.feeds.may_be_refused else (0,):
+            feeds = self.feeds.with_attempts({0: attempt})
+            refusal = self.reference.refusal(feeds.feed(0, binding))
+            if refusal is None:
+                found.append(binding)
+                return True
+            self.refusal = self.refusal or refusal
+        return False
+
+    def _single(self, binding: Binding) -> Binding:
+        return batched(self.feeds.inputs, binding, 1)
+
+    def _has_sizes_of(self, binding: Binding) -> bool:
+        """Whether only the number of samples would be new; it may be all there is."""
+        inputs = self.feeds.inputs
+        new = without_samples(inputs, binding)
+        return bool(new) and any(
+            without_samples(inputs, found) == new | self.setting for found in self.plain
+        )
+
+    def _from_moderate(self, binding: Binding) -> tuple[bool, int]:
+        """Orders bindings: the largest of moderate size first, then the least large."""
+        sizes = (size for symbol, size in binding.items() if symbol not in self.setting)
+        size = max(sizes, default=0)
+        return size > _MODERATE_SIZE, abs(size - _MODERATE_SIZE)
 
 
 def _more_samples(
@@ -318,8 +430,29 @@ def _more_samples(
     larger = [batched(feeds.inputs, found[0], size) for size in (2, 3)]
     if any(binding in found for binding in larger):
         return []
-    running = (b for b in larger if reference.refusal(feeds.feed(0, b)) is None)
+    running = (b for b in larger if reference.runs(feeds.feed(0, b)))
     return [binding for binding in [next(running, None)] if binding]
+
+
+def _values_that_run(reference: _Reference, feeds: GeneratedFeeds) -> GeneratedFeeds:
+    """The feeds, made anew where the reference refuses the values of one.
+
+    One that it refuses each time stays, and is reported by the checks.
+    """
+    if not feeds.may_be_refused:
+        return feeds
+    attempts: dict[int, int] = {}
+    try:
+        for index in range(feeds.count):
+            tries = (
+                attempt
+                for attempt in range(_ATTEMPTS)
+                if reference.runs(feeds.with_attempts({index: attempt}).feed(index))
+            )
+            attempts[index] = next(tries, 0)
+    except WorkerError as error:
+        log.info("no more feeds were made anew: %s", error)
+    return feeds.with_attempts({i: attempt for i, attempt in attempts.items() if attempt})
 
 
 # --- beside the checks --------------------------------------------------------------

@@ -92,7 +92,8 @@ def _search(question: Question, workers: Workers, feed: Feed, scope: str) -> Fou
         try:
             wrong = inside.first_wrong()
             local = wrong is not None
-            wrong = wrong or _first_drift(inside) or _first_unlike(inside)
+            wrong = wrong or _first_drift(inside)
+            wrong = _first_unlike(inside, wrong.name if wrong else None) or wrong
             if wrong is None:
                 return None
             drift = _drift(inside, wrong, local, scope)
@@ -111,18 +112,21 @@ def _first_drift(inside: Inside) -> OutputCheck | None:
     return None
 
 
-def _first_unlike(inside: Inside) -> OutputCheck | None:
-    """The first value that has another shape or type."""
-    unlike = {name: problem for name, problem in inside.unlike.items() if problem}
-    name = min(unlike, key=inside.two.order.__getitem__, default=None)
-    if name is None:
+def _first_unlike(inside: Inside, name: str | None = None) -> OutputCheck | None:
+    """The first value of another shape or type; of those that `name` is made of."""
+    nodes = inside.two.nodes
+    if name is not None:
+        nodes, _ = inside.two.cut(set(inside.common), [name])
+    made = (value for node in nodes for value in node.output)
+    found = next((value for value in made if inside.unlike.get(value)), None)
+    if found is None:
         return None
     nothing = Metric(None, None)
     return OutputCheck(
-        name=name,
+        name=found,
         dtype="",
         status="failed",
-        reason=unlike[name],
+        reason=inside.unlike[found],
         bound=None,
         max_abs=nothing,
         max_rel=nothing,

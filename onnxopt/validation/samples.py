@@ -6,11 +6,15 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from onnxopt.data.generate import GeneratedFeeds
 from onnxopt.data.inputs import Feed, Feeds
 from onnxopt.errors import WorkerError
-from onnxopt.validation.hard import HARD_CASES, hard_feed
+from onnxopt.validation.hard import HARD_CASES, UNIFORM_CASES, Ranges, hard_feed
 from onnxopt.validation.metrics import compare
 from onnxopt.validation.rules import Rule, Sample
+
+# Settings whose first feed is made hard.
+_HARD_SETTINGS = 4
 
 
 @contextlib.contextmanager
@@ -32,16 +36,49 @@ class NumberedFeed:
 
 
 def numbered(feeds: Feeds, hard: bool) -> Iterator[NumberedFeed]:
-    """All feeds, then the first one made hard where that is wanted."""
-    first: Feed | None = None
+    """All feeds, then some made hard where that is wanted."""
+    wanted = _to_be_hard(feeds) if hard else {}
+    kept: dict[int, Feed] = {}
     index = -1
     for index, feed in enumerate(feeds):
-        first = first or feed
+        if index in wanted:
+            kept[index] = feed
         yield NumberedFeed(index, "data", feed)
-    for offset, kind in enumerate(HARD_CASES if hard and first else (), index + 1):
-        made = hard_feed(kind, first or {})
-        if made is not None:
-            yield NumberedFeed(offset, kind, made)
+    made = (
+        (kind, hard_feed(kind, kept[at], _ranges(feeds, at)))
+        for at in wanted
+        if at in kept
+        for kind in wanted[at]
+    )
+    number = index
+    for kind, case in made:
+        if case is not None:
+            number += 1
+            yield NumberedFeed(number, kind, case)
+
+
+def _to_be_hard(feeds: Feeds) -> dict[int, Sequence[str]]:
+    """The feeds that hard cases are made from: the first one.
+
+    Of generated feeds, the first one of every setting: what a setting turns on meets
+    them too. And a feed of one sample, where other kernels run: what is left of a
+    difference between equal values is up to these.
+    """
+    if not isinstance(feeds, GeneratedFeeds):
+        return {0: HARD_CASES}
+    wanted: dict[int, Sequence[str]]
+    wanted = dict.fromkeys(feeds.firsts()[:_HARD_SETTINGS], HARD_CASES)
+    single = feeds.first_single()
+    if single is not None and single not in wanted:
+        wanted[single] = UNIFORM_CASES
+    return wanted
+
+
+def _ranges(feeds: Feeds, index: int) -> Ranges:
+    if not isinstance(feeds, GeneratedFeeds):
+        return {}
+    known = {spec.name: feeds.range_of(spec, index) for spec in feeds.inputs}
+    return {name: both for name, both in known.items() if both is not None}
 
 
 def samples_of(

@@ -144,6 +144,10 @@ class Question:
             most = limit(self.memory_limit)
             self._footprints[side].refuse_above(most, feed)
 
+    def macs(self, side: Side, feed: Feed) -> int:
+        """Multiply-accumulates of a run, at least; what is unknown counts nothing."""
+        return self._footprints[side].macs(feed)
+
     def _is_exact(self, provider: str, level: Level) -> bool:
         return self.bitwise and level == "disable_all" and is_cpu(provider)
 

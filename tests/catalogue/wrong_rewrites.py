@@ -228,7 +228,7 @@ def subtraction_swapped(model: ModelProto) -> None:
     swap_inputs(producer(model, "p2o.Sub.9"))
 
 
-@plant("ppocr-rec", "p2o.MatMul.15")
+@plant("ppocr-rec", "transpose_48.tmp_0")
 def queries_and_keys_swapped(model: ModelProto) -> None:
     """The scores transposed; with one position the same."""
     producer(model, "transpose_48.tmp_0").input[0] = "p2o.Mul.190"
