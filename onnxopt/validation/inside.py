@@ -35,7 +35,7 @@ from onnxopt.validation import noise
 from onnxopt.validation.check import LevelCheck
 from onnxopt.validation.metrics import Difference, compare
 from onnxopt.validation.rules import FACTOR, Floor
-from onnxopt.validation.segments import common_values, made_differently
+from onnxopt.validation.segments import common_values, known_difference, made_differently
 from onnxopt.validation.spread import MovedModels
 from onnxopt.validation.taps import TapModel, write_part
 from onnxopt.validation.verdict import LEVELS, Question, Verdict, Workers, is_cpu
@@ -95,7 +95,7 @@ def judge_inside(
     finally:
         inside.close()
     verdict.note(
-        f"inner values made differently, each compared by itself: {inside.compared}"
+        f"inner values made differently, each compared by itself: {len(inside.suspected)}"
     )
     if wrong is not None:
         reason = (
@@ -122,11 +122,13 @@ class Inside:
         self.spec = question.spec("cpu", LEVELS[0])
         self.one, self.two = TapModel(question.reference), TapModel(question.candidate)
         self.feeds = list(itertools.islice(feeds, MAX_FEEDS))
-        self.common = common_values(self.one, self.two)
+        both = common_values(self.one, self.two)
         # Values looked at: those of equal kinds, and the others with how they differ.
         self.alike: set[str] = set()
-        self.unlike: dict[str, str | None] = {}
-        self.compared = 0
+        known = {name: known_difference(self.one, self.two, name) for name in both}
+        self.unlike = {name: text for name, text in known.items() if text}
+        self.common = [name for name in both if name not in self.unlike]
+        self.suspected: list[str] = []
 
     def close(self) -> None:
         """Close the files that it reads from."""
@@ -211,7 +213,7 @@ class Inside:
                     self.alike.add(name)
                 else:
                     problems = (d.problem for d in compare(left[name], right[name]))
-                    self.unlike[name] = next(problems, None)
+                    self.unlike[name] = next(problems, None) or "is no tensor"
         return self.unlike.keys() & set(names)
 
     def values(
@@ -236,9 +238,8 @@ class Inside:
 
     def off(self) -> list[OutputCheck]:
         """Values that the two models make from equal values, and not alike."""
-        suspects = self.suspects()
-        self.compared = len(suspects)
-        return self.off_among(suspects, self.common)
+        self.suspected = self.suspects()
+        return self.off_among(self.suspected, self.common)
 
     def off_among(self, names: Sequence[str], common: Sequence[str]) -> list[OutputCheck]:
         """Those of `names` that are off where both models are given all of `common`."""

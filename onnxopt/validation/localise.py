@@ -103,12 +103,31 @@ def _search(question: Question, workers: Workers, feed: Feed, scope: str) -> Fou
 
 
 def _first_drift(inside: Inside) -> OutputCheck | None:
-    """The first common value that differs as it comes out of the whole models."""
+    """What begins the first difference of common values in the whole models.
+
+    Small errors that are within rounding may grow in a node that is right, so it is the
+    first value before that is made differently and differs at all.
+    """
     for names in inside.one.chunks(inside.common, inside.feeds[0], CHUNK_BYTES):
-        for check in _judge_taps(inside, names):
-            failed = {o.name: o for o in check.outputs if o.status == "failed"}
-            if failed:
-                return next(failed[name] for name in names if name in failed)
+        checks = _judge_taps(inside, names)
+        found = {output.name: output for check in checks for output in check.outputs}
+        failed = [n for n in names if n in found and found[n].status == "failed"]
+        if failed:
+            return _cause(inside, failed[0]) or found[failed[0]]
+    return None
+
+
+def _cause(inside: Inside, name: str) -> OutputCheck | None:
+    before = [other for other in inside.suspected if name in inside.two.followers(other)]
+    for names in inside.one.chunks(before, inside.feeds[0], CHUNK_BYTES):
+        checks = _judge_taps(inside, names)
+        found = {output.name: output for check in checks for output in check.outputs}
+        for other in names:
+            if other in found and (found[other].max_abs.worst or 0) > 0:
+                reason = (
+                    f"differs by {found[other].max_abs.worst:.3g}, as shows in {name!r}"
+                )
+                return msgspec.structs.replace(found[other], reason=reason)
     return None
 
 
@@ -162,7 +181,7 @@ def _drift(inside: Inside, wrong: OutputCheck, local: bool, scope: str) -> Drift
         cumulative=_cumulative(inside, name) if local else wrong.max_rel.worst,
         bound=wrong.bound,
         after=sorted(before, key=taps.order.__getitem__),
-        compared=inside.compared,
+        compared=len(inside.suspected),
         common=len(inside.common),
     )
 

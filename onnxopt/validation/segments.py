@@ -22,16 +22,11 @@ from onnxopt.weights import attribute_tensors
 
 
 def common_values(one: TapModel, two: TapModel) -> list[str]:
-    """Names that nodes of both main graphs make, in the order of `two`.
-
-    Without constants, and without those whose types or static shapes differ.
-    """
+    """Names that nodes of both main graphs make, constants aside, in the order of `two`."""
     return [
         name
         for name in sorted(one.order.keys() & two.order.keys(), key=two.order.__getitem__)
-        if not _is_constant(one, name)
-        and not _is_constant(two, name)
-        and _may_be_equal(one, two, name)
+        if not _is_constant(one, name) and not _is_constant(two, name)
     ]
 
 
@@ -39,17 +34,19 @@ def _is_constant(taps: TapModel, name: str) -> bool:
     return taps.maker(name).op_type == "Constant"
 
 
-def _may_be_equal(one: TapModel, two: TapModel, name: str) -> bool:
-    left, right = one.graph.dtype(name), two.graph.dtype(name)
-    if left and right and left != right:
-        return False
+def known_difference(one: TapModel, two: TapModel, name: str) -> str | None:
+    """How a value's type or static shape differs between the models, if it does."""
+    types = one.graph.dtype(name), two.graph.dtype(name)
+    if types[0] and types[1] and types[0] != types[1]:
+        return f"has element type {types[1]}, not {types[0]}"
     first, second = one.graph.shape(name), two.graph.shape(name)
     if first is None or second is None:
-        return True
-    return len(first) == len(second) and all(
+        return None
+    same = len(first) == len(second) and all(
         a == b or not (isinstance(a, int) and isinstance(b, int))
         for a, b in zip(first, second, strict=True)
     )
+    return None if same else f"has shape {list(second)}, not {list(first)}"
 
 
 def made_differently(one: TapModel, two: TapModel, common: Collection[str]) -> list[str]:
