@@ -224,13 +224,14 @@ def test_realistic_sizes() -> None:
 
 
 def padded(mode: str) -> onnx.ModelProto:
-    """The padding at the end is read at sizes that 8 does not divide."""
+    """The padding at the end is read where half a stride is left over, as at 576."""
     return parsed(
         f"""g (float[1, 1, L] x) => (float[1, 1, M] y)
-          <int64[6] pads = {{0, 0, 0, 0, 0, 4}}> {{
+          <int64[6] pads = {{0, 0, 0, 0, 0, 64}}> {{
           p = Pad <mode = "{mode}"> (x, pads)
-          y = AveragePool <kernel_shape = [8], strides = [8]> (p)
-        }}"""
+          y = Conv <strides = [128]> (p, w)
+        }}""",
+        w=np.ones((1, 1, 256), np.float32),
     )
 
 
