@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -129,16 +129,50 @@ def _fix_inputs(graph: GraphProto, shapes: Mapping[str, tuple[int, ...]]) -> Non
 
 
 def _peak(graph: GraphProto) -> int:
-    """The most bytes of inner values alive at once, run in the order of the file."""
-    size = _sizes(graph)
-    last = _last_reads(graph)
+    """The most bytes of inner values alive at once.
+
+    In the order of the file or in that of ONNX Runtime, whichever takes less.
+    """
+    size, ends = _sizes(graph), [value.name for value in graph.output]
+    in_turn = [graph.node[index] for index in _depth_first(graph.node)]
+    return min(_peak_of(nodes, size, ends) for nodes in (graph.node, in_turn))
+
+
+def _depth_first(nodes: Sequence[NodeProto]) -> list[int]:
+    """Indices of the nodes in the order in which ONNX Runtime runs them by default.
+
+    From the ends of the graph backwards, so that a branch is done before the next.
+    """
+    maker = {name: i for i, node in enumerate(nodes) for name in node.output if name}
+    before = [sorted({maker[n] for n in _reads(node) if n in maker}) for node in nodes]
+    read = {index for sources in before for index in sources}
+    stack = [(index, False) for index in range(len(nodes)) if index not in read]
+    order: list[int] = []
+    seen: set[int] = set()
+    while stack:
+        index, done = stack.pop()
+        if done:
+            order.append(index)
+        elif index not in seen:
+            seen.add(index)
+            stack.append((index, True))
+            stack += [(source, False) for source in before[index]]
+    return order
+
+
+def _peak_of(
+    nodes: Sequence[NodeProto], size: Mapping[str, int], ends: Sequence[str]
+) -> int:
+    last = _last_reads(nodes, ends)
     alive: dict[str, int] = {}
     total = most = 0
-    for index, node in enumerate(graph.node):
+    for index, node in enumerate(nodes):
         dying = [n for n in dict.fromkeys(_reads(node)) if last.get(n) == index]
         made = {name: size.get(name, 0) for name in node.output if name}
-        if node.op_type in _VIEWS and not (node.input[0] in dying and dying[0] in alive):
-            made = dict.fromkeys(made, 0)
+        if node.op_type in _VIEWS:
+            # It takes over what its input holds, which is nothing if others read that.
+            held = alive.get(node.input[0], 0) if node.input[0] in dying else 0
+            made = dict.fromkeys(made, held)
         total += sum(made.values())
         most = max(most, total - _reused(made, [alive.get(n, 0) for n in dying]))
         alive |= made
@@ -158,10 +192,10 @@ def _reused(made: Mapping[str, int], dying: list[int]) -> int:
     return total
 
 
-def _last_reads(graph: GraphProto) -> dict[str, int]:
+def _last_reads(nodes: Sequence[NodeProto], ends: Sequence[str]) -> dict[str, int]:
     """The last node that reads each value; outputs of the graph live on."""
-    last = {n: i for i, node in enumerate(graph.node) for n in _reads(node)}
-    return last | {value.name: len(graph.node) for value in graph.output}
+    last = {n: i for i, node in enumerate(nodes) for n in _reads(node)}
+    return last | dict.fromkeys(ends, len(nodes))
 
 
 def _reads(node: NodeProto) -> list[str]:

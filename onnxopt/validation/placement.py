@@ -19,9 +19,9 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from onnxopt.data.inputs import Feed, Feeds
-from onnxopt.errors import ProviderError, SessionError, WorkerError
+from onnxopt.errors import ProviderError, SessionError, WorkerError, WorkerMemoryError
 from onnxopt.report import Placement
-from onnxopt.runtime import Level, Ran, Session, SessionSpec, Worker, provider_name
+from onnxopt.runtime import Level, Ran, Session, provider_name
 from onnxopt.validation import noise
 from onnxopt.validation.verdict import LEVELS, Side, Verdict, Workers, is_cpu
 
@@ -96,7 +96,7 @@ class Profiler:
                     self.verdict.question.spec(self.provider, level), profile=True
                 )
                 try:
-                    rows = self._profile(worker, path, spec, feeds)
+                    rows = self._profile(side, worker.load(path, spec), feeds)
                 except (WorkerError, ProviderError) as error:
                     log.info("no profile of the %s at %s: %s", side, level, error)
                     continue
@@ -110,17 +110,29 @@ class Profiler:
         )
         return next(found, None)
 
-    def _profile(
-        self, worker: Worker, path: Path, spec: SessionSpec, feeds: Feeds
-    ) -> list[Ran]:
-        """What ran, in one run or in those that are timed. Raises as `Worker.load`."""
-        session = worker.load(path, spec)
-        feed = _first_that_runs(session, feeds)
+    def _profile(self, side: Side, session: Session, feeds: Feeds) -> list[Ran]:
+        """What ran, in one run or in those that are timed. Raises as `Session.run`."""
+        feed = self._first_that_runs(side, session, feeds)
         for _ in range(_TIMED_RUNS if self.observer else 0):
             session.run(feed)
         rows = session.profile()
         session.close()
         return rows
+
+    def _first_that_runs(self, side: Side, session: Session, feeds: Feeds) -> Feed:
+        """The first feed that the model accepts, run once. Raises WorkerError."""
+        refusal: WorkerError | None = None
+        for feed in feeds:
+            try:
+                self.verdict.question.refuse_to_swap(side, self.provider, feed)
+                session.run(feed)
+            except (SessionError, WorkerMemoryError) as error:
+                refusal = refusal or error
+            else:
+                return feed
+            if not session.is_alive:
+                break
+        raise refusal or SessionError("there is no feed")
 
     def _complete(
         self, level: Level, side: Side, known: Placement | None, rows: list[Ran]
@@ -143,19 +155,6 @@ class Profiler:
         for name, value in sorted(seconds.items()):
             share = value / total if total else 0.0
             self.observer(ProviderTime(self.provider, level, side, name, value, share))
-
-
-def _first_that_runs(session: Session, feeds: Feeds) -> Feed:
-    """The first feed that the model accepts, run once. Raises SessionError."""
-    refusal: SessionError | None = None
-    for feed in feeds:
-        try:
-            session.run(feed)
-        except SessionError as error:
-            refusal = refusal or error
-        else:
-            return feed
-    raise refusal or SessionError("there is no feed")
 
 
 def _of_rows(rows: list[Ran], provider: str, level: Level, side: Side) -> Placement:
