@@ -263,6 +263,7 @@ def _create(ort: Any, model: str | bytes, options: Any, head: Head) -> Any:
     lenient = ort.InferenceSession(
         model, options, providers=_providers(head, present, False), enable_fallback=0
     )
+    _require(head["provider"], lenient.get_providers(), "the session runs on")
     left = (_placement.assigned(lenient) or {}).get(_CPU, {})
     told = ", ".join(f"{op} {count}" for op, count in left.items()) or "some nodes"
     raise RefusedError(

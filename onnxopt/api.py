@@ -33,7 +33,7 @@ from onnxopt.save import Staged, fits_in_protobuf, stage, to_proto
 from onnxopt.settings import Options, ValidationOptions
 from onnxopt.validation import interface
 from onnxopt.validation.judge import AbsentProviderError, Budget, judge
-from onnxopt.validation.placement import target_notes
+from onnxopt.validation.placement import ProviderTime, target_notes
 
 OnFailure = Literal["raise", "return", "rollback"]
 MAX_WRONG = 8
@@ -211,6 +211,7 @@ class Job:
             if _failed(report) and on_failure == "rollback":
                 staged.discard()
                 result, staged = run.roll_back()
+            run.tell_times()
             with staged:
                 staged.keep = run.keep
                 if _failed(report) and on_failure != "return":
@@ -265,7 +266,8 @@ class Job:
 class Attempts:
     """The runs of one job: the first one, and those that look for a wrong edit.
 
-    `history`: the edits of the last one; `forbidden`: edits that are not made.
+    `history`: the edits of the last one; `times`: what its verdict measured, where
+    asked for; `forbidden`: edits that are not made.
     """
 
     job: Job
@@ -277,6 +279,7 @@ class Attempts:
     ends: interface.Interface
     opened: Model | None
     history: list[Edited] = field(default_factory=list)
+    times: list[ProviderTime] = field(default_factory=list)
     forbidden: frozenset[Edited] = frozenset()
 
     @property
@@ -299,6 +302,7 @@ class Attempts:
         with context.evaluator:
             manager.run(model, context)
         self.history = list(model.ledger.history)
+        self.times = []
         staged = stage(model, self.target)
         try:
             report.passes = model.ledger.reports()
@@ -307,7 +311,8 @@ class Attempts:
             made = Model.open(staged.path)
             report.output = facts.of_staged(made, staged)
             if self.feeds is not None:
-                report.validation = self._verdict(staged.path, report.passes)
+                times = self.times if options.get("time_observer") else None
+                report.validation = self._verdict(staged.path, report.passes, times)
                 _check_format(report, self.reference, staged.path)
                 self._check_interface(interface.of(made.proto))
         except BaseException:
@@ -318,6 +323,13 @@ class Attempts:
             Result(report, seconds=manager.seconds, _model=model, _as_graph=as_graph),
             staged,
         )
+
+    def tell_times(self) -> None:
+        """Tell the caller's observer what the last attempt measured."""
+        observer = self.job.options.get("time_observer")
+        if observer is not None:
+            for time in self.times:
+                observer(time)
 
     def _take_source(self) -> Model:
         """The source as it came: for the first attempt the model that is open anyway."""
@@ -341,13 +353,21 @@ class Attempts:
             model = prepare.raise_opset(model, opset)
         return model
 
-    def _verdict(self, candidate: Path, passes: Sequence[PassReport]) -> Validation:
+    def _verdict(
+        self,
+        candidate: Path,
+        passes: Sequence[PassReport],
+        times: list[ProviderTime] | None = None,
+    ) -> Validation:
+        """The candidate's verdict; providers are timed where there is a list for it."""
         assert self.feeds is not None
         fired = {entry.guarantee for entry in passes if entry.edits}
         if self.job.options.get("opset") is not None:
             fired.add("equivalent")  # onnx's converter promises nothing more
         paths = (self.reference, candidate)
-        return _judge(paths, self.feeds, self.job.options, fired)
+        observer = None if times is None else times.append
+        options: Options = {**self.job.options, "time_observer": observer}
+        return _judge(paths, self.feeds, options, fired)
 
     def _observer(self) -> Observer | None:
         """The caller's observer; under `verify_each` also a run of every result."""

@@ -23,7 +23,8 @@ class ValidationOptions(TypedDict, total=False):
     Budget: `min_sqnr` (dB), `rtol` and `atol` (in place of the noise floor), `metric`
     ("script.py:function") with `max_drop`. `timeout` (seconds) and `memory_limit`
     (bytes) hold for each session's worker. `time_observer` is told which provider took
-    how much of the time (see `onnxopt.validation.placement.ProviderTime`).
+    how much of the time (see `onnxopt.validation.placement.ProviderTime`), of a
+    transform only for the result.
     """
 
     base_dir: str | os.PathLike[str] | None

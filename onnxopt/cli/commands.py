@@ -58,8 +58,14 @@ def shrink(source: str, **given: Any) -> int:
 @options.model_argument("candidate", "CANDIDATE")
 @options.json_to
 @options.validation
+@options.measure
 def validate(
-    reference: str, candidate: str, json_to: str | None, verbose: int, **given: Any
+    reference: str,
+    candidate: str,
+    json_to: str | None,
+    measure: bool,
+    verbose: int,
+    **given: Any,
 ) -> int:
     """Say whether CANDIDATE computes what REFERENCE computes: exit code 0 or 1.
 
@@ -69,17 +75,22 @@ def validate(
     from onnxopt.cli import describe, terminal
     from onnxopt.cli.document import Document
     from onnxopt.report import as_json
+    from onnxopt.validation.placement import ProviderTime
 
+    times: list[ProviderTime] = []
     with Document(json_to) as document:
         verdict = api.validate(
             reference,
             candidate,
             data=given["data"],
             providers=given["providers"],
+            time_observer=times.append if measure else None,
             **options.job_options({**given, "providers": None}),
         )
         document.write(as_json(verdict))
     terminal.show(describe.verdict(verdict, verbose), err=document.to_stdout)
+    if measure:
+        terminal.show(describe.provider_seconds(times), err=document.to_stdout)
     return {"passed": 0, "failed": 1, "not_run": 5}[verdict.status]
 
 

@@ -9,10 +9,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from onnxopt.cli.terminal import Block, Table
+from onnxopt.runtime import provider_name
 
 if TYPE_CHECKING:
     from onnxopt.inspection.survey import Inspection, Value
-    from onnxopt.report import Check, OutputCheck, PassReport, Report, Side, Validation
+    from onnxopt.report import (
+        Check,
+        OutputCheck,
+        PassReport,
+        Placement,
+        Report,
+        Side,
+        Validation,
+    )
+    from onnxopt.validation.placement import ProviderTime
 
 _SHOWN = 10
 """How many items of a list are shown without -v."""
@@ -49,6 +59,7 @@ def verdict(validation: Validation, verbose: int) -> Iterator[Block]:
         yield table
     if verbose:
         yield from _outputs(validation.checks)
+    yield from _placements(validation.placements, verbose)
     for note in validation.notes if verbose else ():
         yield f"note: {note}"
 
@@ -60,6 +71,17 @@ def seconds(taken: Mapping[str, float]) -> Iterator[Block]:
         table.add(name, f"{value:.3f}")
     table.add("total", f"{sum(taken.values()):.3f}")
     yield table
+
+
+def provider_seconds(times: Iterable[ProviderTime]) -> Iterator[Block]:
+    """Which provider took which part of the time of a run."""
+    table = Table(("provider", "level", "model", "runs on", "ms a run", "share"), left=4)
+    for time in times:
+        ms, share = f"{1000 * time.seconds:.3f}", f"{100 * time.share:.1f} %"
+        table.add(time.provider, time.level, time.model, time.runs_on, ms, share)
+    yield "time in kernels, by provider:" if table.rows else "no time was measured"
+    if table.rows:
+        yield table
 
 
 # ---- a run ----
@@ -157,6 +179,19 @@ def _outputs(checks: Iterable[Check]) -> Iterator[Block]:
                 _worst([output], "max_abs", max),
                 output.reason or "",
             )
+    if table.rows:
+        yield table
+
+
+def _placements(placements: Iterable[Placement], verbose: int) -> Iterator[Block]:
+    """Nodes by the provider that runs them; of the CPU provider where `verbose`."""
+    titles = ("provider", "level", "model", "nodes run on", "Memcpy")
+    table = Table(titles, left=4)
+    for place in placements:
+        if verbose or provider_name(place.provider) != "CPUExecutionProvider":
+            nodes = ", ".join(f"{name} {count}" for name, count in place.nodes.items())
+            copies = "unknown" if place.memcpy is None else str(place.memcpy)
+            table.add(place.provider, place.level, place.model, nodes or "none", copies)
     if table.rows:
         yield table
 

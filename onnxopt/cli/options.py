@@ -174,6 +174,12 @@ validation = _together(
     _timeout,
 )
 
+measure = click.option(
+    "--measure",
+    is_flag=True,
+    help="Time both models on each provider, and print which part each one takes.",
+)
+
 _report = click.option(
     "--report",
     metavar="FILE",
@@ -242,6 +248,7 @@ transform = _together(
     _report,
     click.option("--dry-run", is_flag=True, help="Do everything but write the model."),
     validation,
+    measure,
     click.option(
         "--no-validate",
         "validate",
@@ -273,7 +280,11 @@ transform = _together(
         help="Print the model after each run of a pass that changed it ('all' for any).",
     ),
     click.option("--time-passes", is_flag=True, help="Print the CPU time of each pass."),
-    click.option("--timings", metavar="FILE", help="Write these times as JSON."),
+    click.option(
+        "--timings",
+        metavar="FILE",
+        help="Write the times of the passes, and those of --measure, as JSON.",
+    ),
     _bisect_limit,
     click.option(
         "--verify-each",

@@ -23,11 +23,13 @@ from onnxopt.errors import InvalidModelError, OnnxoptError, UsageError, Validati
 from onnxopt.manager import Observer, Pass
 from onnxopt.model import Model
 from onnxopt.report import Report
+from onnxopt.validation.placement import ProviderTime
 
 
 def transform(source: str, recipe: str, given: Mapping[str, Any]) -> int:
     """Run `recipe` over the model at `source` as the options say; the exit code."""
     output = _output(source, given)
+    times: list[ProviderTime] = []
     with Document(given["report"]) as report, Document(given["timings"]) as timings:
         job = api.Job.create(
             source,
@@ -37,10 +39,11 @@ def transform(source: str, recipe: str, given: Mapping[str, Any]) -> int:
             {
                 **options.job_options(dict(given)),  # type: ignore[typeddict-item]
                 "observer": _printer(given["print_after"], report.to_stdout),
+                "time_observer": times.append if given["measure"] else None,
             },
         )
         _check_names(given["print_after"], job.passes)
-        command = _Command(source, job, output, report, timings, given)
+        command = _Command(source, job, output, report, timings, times, given)
         try:
             return command.run()
         except InvalidModelError:
@@ -66,6 +69,7 @@ class _Command:
         output: Path | None,
         report: Document,
         timings: Document,
+        times: Sequence[ProviderTime],
         given: Mapping[str, Any],
     ) -> None:
         self.source = source
@@ -73,6 +77,7 @@ class _Command:
         self.output = output
         self.report = report
         self.timings = timings
+        self.times = times
         self.given = given
 
     def run(self) -> int:
@@ -85,7 +90,7 @@ class _Command:
             failed = made.validation is not None and made.validation.status == "failed"
             written = self.output is not None and (force or not failed)
             self.report.stage(made.to_json())
-            self.timings.stage(_seconds_json(result.seconds))
+            self.timings.stage(self._timings_json(result.seconds))
             if written:
                 staged.commit()
             self.report.commit()
@@ -93,6 +98,10 @@ class _Command:
         self.show(made)
         if self.given["time_passes"]:
             terminal.show(describe.seconds(result.seconds), err=self.report.to_stdout)
+        if self.given["measure"]:
+            terminal.show(
+                describe.provider_seconds(self.times), err=self.report.to_stdout
+            )
         if failed and not written:
             raise ValidationError(f"validation failed: {api.why(made.validation)}")
         self._say_what_is_unproven(made, failed)
@@ -104,6 +113,13 @@ class _Command:
         """The report as text; on stderr where stdout takes the JSON."""
         lines = describe.report(self.source, made, self.given["verbose"])
         terminal.show(lines, err=self.report.to_stdout)
+
+    def _timings_json(self, seconds: Mapping[str, float]) -> str:
+        found: dict[str, object] = {"cpu_seconds": seconds}
+        if self.given["measure"]:
+            found["provider_seconds"] = self.times
+        text = msgspec.json.format(msgspec.json.encode(found), indent=2)
+        return text.decode() + "\n"
 
     def _say_what_is_unproven(self, made: Report, failed: bool) -> None:
         if made.validation is None:
@@ -158,8 +174,3 @@ def _printer(names: Sequence[str], to_stderr: bool) -> Observer | None:
             terminal.show([heading, *text.splitlines()], err=to_stderr)
 
     return show
-
-
-def _seconds_json(seconds: Mapping[str, float]) -> str:
-    text = msgspec.json.format(msgspec.json.encode({"cpu_seconds": seconds}), indent=2)
-    return text.decode() + "\n"
