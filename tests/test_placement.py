@@ -478,8 +478,33 @@ def test_placement_is_shown_of_other_providers_and_of_the_cpu_on_request(
     assert row.split() == ["cpu", "disable_all", "reference", CPU, "3", "0"]
     both = ("--provider", "cpu", "--provider", other)
     _, shown, _ = run("validate", plain, plain, *both)
-    after = shown[shown.index("Memcpy") :].splitlines()[1:]
+    after = shown[shown.index("Memcpy") : shown.index("note: ")].splitlines()[1:]
     assert [line.split()[0] for line in after] == [other] * 4
+
+
+def test_notes_on_other_providers_are_shown_unasked(
+    plain: Path, run: Run, other: str
+) -> None:
+    """Of all notes these only: a fallback is not for those alone who ask for more."""
+    both = ("--provider", "cpu", "--provider", other)
+    _, shown, _ = run("validate", plain, plain, *both)
+    notes = [line for line in shown.splitlines() if line.startswith("note: ")]
+    assert f"note: {other} enable_all: no node of the candidate runs on {other}" in notes
+    assert all(note.startswith(f"note: {other} ") for note in notes)
+    _, shown, _ = run("validate", plain, plain, *both, "-v")
+    assert "note: sizes of symbolic dims" in shown
+    assert "note: " not in run("validate", plain, plain)[1]
+
+
+def test_int8_that_would_run_as_float_is_shown_unasked(
+    run: Run, stand_in: Callable[[str], Path]
+) -> None:
+    stand_in(NO_GPU)
+    code, shown, _ = run(
+        "validate", QDQ, QDQ, "--provider", "cpu", "--provider", "cuda:device_id=0"
+    )
+    assert code == 0
+    assert f"note: cuda:device_id=0 was not run. {NO_INT8}" in shown
 
 
 def test_the_model_has_what_the_notes_say() -> None:

@@ -60,7 +60,7 @@ def verdict(validation: Validation, verbose: int) -> Iterator[Block]:
     if verbose:
         yield from _outputs(validation.checks)
     yield from _placements(validation.placements, verbose)
-    for note in validation.notes if verbose else ():
+    for note in validation.notes if verbose else _notes_on_providers(validation):
         yield f"note: {note}"
 
 
@@ -188,12 +188,23 @@ def _placements(placements: Iterable[Placement], verbose: int) -> Iterator[Block
     titles = ("provider", "level", "model", "nodes run on", "Memcpy")
     table = Table(titles, left=4)
     for place in placements:
-        if verbose or provider_name(place.provider) != "CPUExecutionProvider":
+        if verbose or not _is_cpu(place.provider):
             nodes = ", ".join(f"{name} {count}" for name, count in place.nodes.items())
             copies = "unknown" if place.memcpy is None else str(place.memcpy)
             table.add(place.provider, place.level, place.model, nodes or "none", copies)
     if table.rows:
         yield table
+
+
+def _notes_on_providers(validation: Validation) -> Iterator[str]:
+    """What providers other than the CPU left to it, and what they made of int8."""
+    asked = {check.provider.removesuffix(" against cpu") for check in validation.checks}
+    starts = tuple(f"{name} " for name in asked if not _is_cpu(name))
+    return (note for note in validation.notes if note.startswith(starts))
+
+
+def _is_cpu(provider: str) -> bool:
+    return provider_name(provider) == "CPUExecutionProvider"
 
 
 # ---- an inspection ----
