@@ -94,34 +94,36 @@ def test_int8_on_the_gpu_runs_as_float_and_the_report_says_so() -> None:
     assert any("ran as float" in note for note in verdict.notes)
 
 
-def labels(path: Path) -> Path:
-    """An operator that CUDA has no kernel for."""
-    label = helper.make_node(
-        "LabelEncoder",
-        ["x"],
-        ["y"],
-        domain="ai.onnx.ml",
-        keys_int64s=[0, 1],
-        values_int64s=[5, 7],
-    )
-    x, y = (helper.make_tensor_value_info(n, TensorProto.INT64, ["N"]) for n in "xy")
-    graph = helper.make_graph([label], "g", [x], [y])
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
+def determinants(path: Path) -> Path:
+    """A node on the GPU, then one that CUDA has no kernel for."""
+    nodes = [
+        helper.make_node("Mul", ["x", "x"], ["square"]),
+        helper.make_node("Det", ["square"], ["y"]),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, 3])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N"])
+    graph = helper.make_graph(nodes, "g", [x], [y])
+    opsets = [helper.make_opsetid("", 17)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
     return path
 
 
 def test_what_falls_to_the_cpu_is_told(tmp_path: Path) -> None:
-    model = labels(tmp_path / "labels.onnx")
+    model = determinants(tmp_path / "model.onnx")
     verdict = onnxopt.validate(model, model, providers=["cuda"])
-    assert any("LabelEncoder" in note for note in verdict.notes)
+    assert verdict.status == "passed", verdict.reason
+    assert any("Det" in note and "CPUExecutionProvider" in note for note in verdict.notes)
     for place in placed(verdict, "cuda"):
-        assert place.nodes.get(CUDA, 0) == 0
+        assert place.operators == {
+            CUDA: {"Mul": 1},
+            "CPUExecutionProvider": {"Det": 1},
+        }
+        assert place.memcpy
 
 
 def test_a_required_provider_runs_everything_or_is_refused(tmp_path: Path) -> None:
-    model = labels(tmp_path / "labels.onnx")
-    with pytest.raises(ProviderError, match="LabelEncoder"):
+    model = determinants(tmp_path / "model.onnx")
+    with pytest.raises(ProviderError, match="Det"):
         onnxopt.validate(model, model, providers=["cuda"], require_providers=["cuda"])
 
 

@@ -440,7 +440,9 @@ def test_cuda_session_runs_on_cuda() -> None:
 @pytest.mark.cuda
 def test_cuda_out_of_memory_is_told_apart() -> None:
     with Worker() as worker:
-        session = worker.load(model_bytes(GROW), SessionSpec(provider="cuda"))
+        session = worker.load(
+            model_bytes(GROW), SessionSpec(provider="cuda:gpu_mem_limit=1073741824")
+        )
         with pytest.raises(WorkerMemoryError):
             session.run(FOREVER)
 

@@ -22,7 +22,7 @@ from onnxopt.weights import attribute_tensors
 
 
 def common_values(one: TapModel, two: TapModel) -> list[str]:
-    """Names that nodes of both main graphs make, constants aside, in the order of `two`."""
+    """Names that nodes of both main graphs make, in the order of `two`; no constants."""
     return [
         name
         for name in sorted(one.order.keys() & two.order.keys(), key=two.order.__getitem__)
