@@ -277,6 +277,8 @@ def _onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise RefusedError("no_onnxruntime", str(error)) from error
+    if hasattr(onnxruntime, "disable_telemetry_events"):
+        onnxruntime.disable_telemetry_events()
     return onnxruntime
 
 

@@ -23,8 +23,8 @@ from onnxopt.validation.samples import numbered
 from onnxopt.validation.taps import TapModel, write_part
 from onnxopt.validation.verdict import Question, Verdict
 
-MAX_FEEDS = 12
-"""Feeds, hard cases among them, on which the drift is looked for."""
+MAX_FEEDS = 64
+"""Feeds, hard cases after them, on which the drift is looked for."""
 
 
 class Culprit(msgspec.Struct, frozen=True):
@@ -147,7 +147,8 @@ def _write_repro(found: Found, feed: Feed, question: Question, folder: Path) -> 
     made = []
     for name, path in paths.items():
         target = folder / f"{name}.onnx"
-        write_part(path, {drift.value: drift.value}, kinds, target)
+        shapes = {name: given[name].shape for name in kinds}
+        write_part(path, {drift.value: drift.value}, kinds, target, shapes)
         made.append(str(target))
     target = folder / "feed.npz"
     np.savez(target, **{name: given[name] for name in kinds})

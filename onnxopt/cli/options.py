@@ -123,6 +123,13 @@ _timeout = click.option(
     help="For each load and each run of a model in ONNX Runtime (600).",
 )
 
+_memory_limit = click.option(
+    "--memory-limit",
+    type=click.IntRange(min=1),
+    metavar="BYTES",
+    help="Of each model's process, above what it takes without a model.",
+)
+
 validation = _together(
     _data,
     click.option(
@@ -349,12 +356,7 @@ measurement = _together(
     _input_shapes,
     _custom_op_libraries,
     _timeout,
-    click.option(
-        "--memory-limit",
-        type=click.IntRange(min=1),
-        metavar="BYTES",
-        help="Of each model's process, above what it takes without a model.",
-    ),
+    _memory_limit,
 )
 
 json_to = click.option(

@@ -17,7 +17,7 @@ import msgspec
 from onnxopt.data import Feeds, GeneratedFeeds
 from onnxopt.errors import ProviderError, SessionError, WorkerMemoryError
 from onnxopt.report import Check, OutputCheck, Placement, Status
-from onnxopt.runtime import Level, Session, SessionSpec, Worker
+from onnxopt.runtime import Level, Session, SessionSpec, Worker, provider_name
 from onnxopt.validation.placement import of_session
 from onnxopt.validation.rules import Floor, Outcome, Rule, Sample, Spread
 from onnxopt.validation.samples import NumberedFeed, blamed, numbered, samples_of
@@ -297,6 +297,14 @@ class LevelCheck:
             name = f"{self.provider} against cpu"
             verdict.checks.append(Check(name, self.level, status, reason, outputs))
 
+    def _idle(self) -> str | None:
+        """Why agreement says nothing about the provider: it runs no node of a model."""
+        asked = provider_name(self.provider)
+        for place in () if is_cpu(self.provider) else self.placements:
+            if place.nodes and not place.nodes.get(asked):
+                return f"no node of the {place.model} runs on {asked}"
+        return None
+
     def _told_of_itself(self) -> str:
         """Whether the provider repeats itself; how far off it is, is in the floor."""
         moving = [
@@ -367,7 +375,8 @@ class LevelCheck:
                 return "not_run", f"output {output.name!r}: {output.reason}"
         if not comparison.feeds:
             return "not_run", f"no feed was accepted: {_first(comparison.rejected)}"
-        return "passed", None
+        idle = self._idle()
+        return ("not_run", idle) if idle else ("passed", None)
 
 
 def _missing_output(reference: Session, candidate: Session) -> str | None:

@@ -28,13 +28,14 @@ import onnx
 from onnx import helper
 
 from onnxopt.data.inputs import Feed, Feeds
-from onnxopt.errors import SessionError, WorkerMemoryError
+from onnxopt.errors import WorkerError
 from onnxopt.report import Check, OutputCheck
 from onnxopt.runtime import Worker
 from onnxopt.validation import noise
 from onnxopt.validation.check import LevelCheck
 from onnxopt.validation.metrics import Difference, compare
 from onnxopt.validation.rules import FACTOR, Floor
+from onnxopt.validation.samples import blamed
 from onnxopt.validation.segments import common_values, known_difference, made_differently
 from onnxopt.validation.spread import MovedModels
 from onnxopt.validation.taps import TapModel, write_part
@@ -89,7 +90,7 @@ def judge_inside(
     inside = Inside(question, workers, feeds, folder)
     try:
         wrong = inside.first_wrong(outer.outputs)
-    except (SessionError, WorkerMemoryError) as error:
+    except WorkerError as error:
         verdict.note(f"inner values were not compared: {error}")
         return
     finally:
@@ -226,13 +227,15 @@ class Inside:
     def _run(
         self, worker: Worker, path: Path, feed: Feed, names: Sequence[str]
     ) -> dict[str, Any]:
-        session = worker.load(path, self.spec)
-        try:
+        side = "reference" if worker is self.workers.reference else "candidate"
+        with blamed(side):
+            session = worker.load(path, self.spec)
             wanted = {value.name for value in session.inputs}
             given = {name: value for name, value in feed.items() if name in wanted}
-            return session.run(given, list(names))
-        finally:
-            session.close()
+            try:
+                return session.run(given, list(names))
+            finally:
+                session.close()
 
     # ---- each by itself ----
 
@@ -424,8 +427,9 @@ def amplified(right: Any, own: Any) -> Any:
         larger = np.where(error == 0, 0, GAIN * error) + right.astype(np.float64)
     if right.dtype.kind in "iu":
         limits = np.iinfo(right.dtype)
-        # float64 cannot hold the largest 64-bit integers: stay clear of the edge.
-        low, high = float(limits.min), np.nextafter(float(limits.max), 0)
+        low, high = float(limits.min), float(limits.max)
+        if high > limits.max:  # float64 cannot hold the largest 64-bit integers
+            high = np.nextafter(high, 0)
         return np.where(error == 0, right, larger.clip(low, high).astype(right.dtype))
     return np.where(np.isfinite(larger), larger, own).astype(right.dtype)
 

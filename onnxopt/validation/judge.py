@@ -7,6 +7,7 @@ says what the numbers mean and where they come from.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import tempfile
@@ -48,6 +49,7 @@ from onnxopt.validation import noise, placement
 from onnxopt.validation.check import LevelCheck
 from onnxopt.validation.inside import judge_inside
 from onnxopt.validation.metrics import compare
+from onnxopt.validation.ordering import judge_ordering
 from onnxopt.validation.placement import TimeObserver
 from onnxopt.validation.samples import blamed
 from onnxopt.validation.smooth import judge_unrounded
@@ -222,6 +224,7 @@ def _judge_settled(
         LevelCheck(moved, workers, provider, level, feeds).into(verdict)
     judge_unrounded(verdict, workers, provider, feeds, moved)
     judge_inside(verdict, workers, provider, feeds, moved)
+    judge_ordering(verdict, workers, provider, feeds, moved.facts)
     _add_level_differences(verdict, workers, provider, feeds)
     metric = verdict.question.budget.metric
     if metric is not None:
@@ -467,8 +470,10 @@ def _add_level_differences(
         specs = [verdict.question.spec(provider, level) for level in LEVELS]
         try:
             plain, optimized = (worker.load(path, spec) for spec in specs)
-            for feed, _ in zip(feeds, range(_LEVEL_FEEDS), strict=False):
-                _add_level_difference(worst, plain.run(feed), optimized.run(feed))
+            for feed in itertools.islice(feeds, _LEVEL_FEEDS):
+                with contextlib.suppress(WorkerMemoryError):
+                    verdict.question.refuse_to_swap(side, provider, feed)
+                    _add_level_difference(worst, plain.run(feed), optimized.run(feed))
             plain.close()
             optimized.close()
         except (WorkerError, ProviderError) as error:

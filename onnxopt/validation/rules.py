@@ -270,14 +270,16 @@ class Floor:
         """Those with a sample beyond what is known of the noise so far."""
         if structural(samples) is not None:
             return set()
-        return {s.feed for s in samples if self._excess(s, spread) is not None}
+        usual = usual_scale(samples)
+        return {s.feed for s in samples if self._excess(s, spread, usual) is not None}
 
     def judge(self, samples: Sequence[Sample], spread: Spread | None) -> Outcome:
         """See the class; the bound is the largest relative one that was applied."""
         if reason := structural(samples):
             return Outcome(reason, None)
+        usual = usual_scale(samples)
         for sample in samples:
-            if reason := self._excess(sample, spread):
+            if reason := self._excess(sample, spread, usual):
                 return Outcome(reason, self._applied([sample], spread))
         if (
             spread is not None
@@ -287,10 +289,18 @@ class Floor:
             return Outcome(reason, self._applied(samples, spread))
         return Outcome(None, self._applied(samples, spread))
 
-    def _tolerance(self, sample: Sample, spread: Spread | None) -> float:
-        """The largest absolute difference that one sample may have."""
+    def _tolerance(
+        self, sample: Sample, spread: Spread | None, usual: float = 0.0
+    ) -> float:
+        """The largest absolute difference that one sample may have.
+
+        `usual`: the largest value on ordinary feeds. On hard cases it counts for one
+        unit in the last place: where all is zero, a Sigmoid gives 0 or 1e-9.
+        """
         difference = sample.difference
         own = self.bound(difference.dtype) * difference.scale + _tiny(difference.dtype)
+        if sample.kind != "data":
+            own = max(own, _epsilon(difference.dtype) * usual)
         if spread is None:
             return own
         moved, relative = spread.pooled(sample.kind)
@@ -298,29 +308,31 @@ class Floor:
         shared = min(moved, relative * difference.scale)
         return max(own, FACTOR * spread.largest(sample.key), FACTOR * shared)
 
-    def _excess(self, sample: Sample, spread: Spread | None) -> str | None:
+    def _excess(self, sample: Sample, spread: Spread | None, usual: float) -> str | None:
         difference = sample.difference
         if difference.exact:
             return self._flips(sample, spread)
         if difference.max_abs == 0:
             return None
-        tolerance = self._tolerance(sample, spread)
+        tolerance = self._tolerance(sample, spread, usual)
         if difference.max_abs > tolerance:
             return (
                 f"differs by {difference.max_abs:.3g} on {sample.where} "
                 f"({_share(difference.max_rel)} of the largest value; "
                 f"{tolerance:.3g} is within rounding)"
             )
-        return self._slices(sample, spread)
+        return self._slices(sample, spread, usual)
 
-    def _slices(self, sample: Sample, spread: Spread | None) -> str | None:
+    def _slices(self, sample: Sample, spread: Spread | None, usual: float) -> str | None:
         difference = sample.difference
         bound = self.bound(difference.dtype)
         # A code flips here or there by luck: slices of quantized models say nothing.
         for part in () if self.quantized else difference.slices:
             allowed = bound * part.scale + _tiny(difference.dtype)
             # Nothing is expected of digits that the whole tensor's scale does not have.
-            allowed = np.maximum(allowed, _epsilon(difference.dtype) * difference.scale)
+            scale = difference.scale if sample.kind == "data" else usual
+            scale = max(scale, difference.scale)
+            allowed = np.maximum(allowed, _epsilon(difference.dtype) * scale)
             if spread is not None:
                 own = spread.slices(sample.key, part.axis)
                 if own is None or own.shape != part.error.shape:
@@ -376,6 +388,11 @@ class Floor:
             if s.difference.scale and not s.difference.exact and s.kind == "data"
         ]
         return max(bounds, default=None)
+
+
+def usual_scale(samples: Sequence[Sample]) -> float:
+    """The largest magnitude of the reference on ordinary feeds."""
+    return max((s.difference.scale for s in samples if s.kind == "data"), default=0.0)
 
 
 def _slice_noise(part: Slices, own: np.ndarray, whole: float) -> np.ndarray:

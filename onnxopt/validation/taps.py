@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import GraphProto, NodeProto, TypeProto, ValueInfoProto, helper
+from onnx import (
+    GraphProto,
+    NodeProto,
+    TensorShapeProto,
+    TypeProto,
+    ValueInfoProto,
+    helper,
+)
 
 from onnxopt import attributes
 from onnxopt.data.inputs import Feed
@@ -163,19 +170,21 @@ def write_part(
     ends: Mapping[str, str],
     given: Mapping[str, int],
     target: Path,
+    shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> None:
     """Write the part of a model that makes some values from others.
 
     `ends`: the values made, and what each is called in the part, where its own name may
     be that of an input. `given`: the inputs of the part, all of them whether read or
     not, with the element type (TensorProto.DataType) of those that are no inputs of the
-    model; sizes are open.
+    model; sizes are open but where `shapes` says them.
     """
     taps = TapModel(path)
     try:
         nodes, _ = taps.cut(given, ends)
         _keep_nodes(taps, nodes, given, ends)
         _keep_ends(taps, nodes, given, list(ends.values()))
+        _fix_shapes(taps.model.proto.graph, shapes or {})
         stage(taps.model, target).commit()
     finally:
         taps.close()
@@ -222,6 +231,14 @@ def _keep_ends(
         for name, kind in given.items()
     )
     graph.output.extend(ValueInfoProto(name=name) for name in ends)
+
+
+def _fix_shapes(graph: GraphProto, shapes: Mapping[str, Sequence[int]]) -> None:
+    for value in graph.input:
+        if value.name in shapes:
+            dims = [TensorShapeProto.Dimension(dim_value=n) for n in shapes[value.name]]
+            shape = TensorShapeProto(dim=dims)
+            value.type.tensor_type.shape.CopyFrom(shape)
 
 
 def _open_value(name: str, kind: int) -> ValueInfoProto:

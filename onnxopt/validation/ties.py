@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 import onnx
 
+from onnxopt import attributes
 from onnxopt.data.inputs import Feeds
 from onnxopt.errors import SessionError
 from onnxopt.runtime import Session, SessionSpec, Worker
 from onnxopt.validation import noise
 from onnxopt.validation.metrics import compare
 from onnxopt.validation.rules import FACTOR, Floor
-from onnxopt.validation.samples import numbered
+from onnxopt.validation.samples import blamed, numbered
 from onnxopt.validation.verdict import Question
 
 # Nodes that keep elements and their order.
@@ -36,10 +37,14 @@ _FOLDER = "session.model_external_initializers_file_folder_path"
 
 @dataclass(frozen=True)
 class Search:
-    """The tensor that an output's indices point into, and along which axis."""
+    """The tensor that an output's indices point into, and along which axis.
+
+    `kind`: by which operator, and whether the largest or the smallest come first.
+    """
 
     source: str
     axis: int
+    kind: tuple[str, int, bool] = ("", 0, True)
 
     def select(self, source: np.ndarray, indices: np.ndarray) -> np.ndarray | None:
         """Values that the indices select, flat; None where they do not fit."""
@@ -68,7 +73,8 @@ def find_search(model: onnx.ModelProto, output: str) -> Search | None:
         return None
     default = -1 if node.op_type == "TopK" else 0
     axis = next((a.i for a in node.attribute if a.name == "axis"), default)
-    return Search(node.input[0], int(axis))
+    largest = attributes.get(node, "largest", 1) != 0
+    return Search(node.input[0], int(axis), (node.op_type, int(axis), largest))
 
 
 def tapped(path: Path, names: Iterable[str]) -> tuple[bytes, tuple[tuple[str, str], ...]]:
@@ -106,8 +112,10 @@ class TieBreak:
     def _run(self, searches: dict[str, Search], wanted: set[int]) -> set[str]:
         sources = [search.source for search in searches.values()]
         with self.question.worker() as left, self.question.worker() as right:
-            reference = self._load_tapped(left, sources)
-            candidate = right.load(self.question.candidate, self.spec)
+            with blamed("reference"):
+                reference = self._load_tapped(left, sources)
+            with blamed("candidate"):
+                candidate = right.load(self.question.candidate, self.spec)
             good = set(searches)
             for at in numbered(self.feeds, self.hard):
                 if at.index in wanted and good:
@@ -128,9 +136,11 @@ class TieBreak:
     ) -> set[str]:
         sources = dict.fromkeys(search.source for search in searches.values())
         names = [name for name in (*searches, *sources) if name not in feed]
-        expected = reference.run(feed, names)
-        moved = reference.run(noise.moved_feed(feed, 1, self.question.seed), names)
-        found = candidate.run(feed, list(searches))
+        with blamed("reference"):
+            expected = reference.run(feed, names)
+            moved = reference.run(noise.moved_feed(feed, 1, self.question.seed), names)
+        with blamed("candidate"):
+            found = candidate.run(feed, list(searches))
         values = expected | feed
         return {
             name

@@ -452,7 +452,7 @@ def rounded_to_float16_inside(model: ModelProto) -> None:
     after(model, value, half, back)
 
 
-@plant("minilm-l3", f"{LAYER}.0/attention/self/Reshape_output_0")
+@plant("minilm-l3", f"{LAYER}.0/attention/self/Concat_output_0")
 def heads_split_in_another_order(model: ModelProto) -> None:
     """A stale shape: 32 heads of 12 for 12 heads of 32."""
     for number, (heads, size) in enumerate([(2, 3), (6, 7), (10, 11)]):
