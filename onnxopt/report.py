@@ -77,8 +77,29 @@ class Metric(msgspec.Struct, frozen=True):
     mean: float | None
 
 
+class Counts(msgspec.Struct, frozen=True):
+    """Elements that are no finite numbers, over all feeds."""
+
+    nan: int = 0
+    inf: int = 0
+
+
+class NotFinite(msgspec.Struct, frozen=True):
+    """What either model's output holds that is not finite."""
+
+    reference: Counts = Counts()
+    candidate: Counts = Counts()
+
+
 class OutputCheck(msgspec.Struct, frozen=True):
-    """How one output of the candidate compares with the reference's."""
+    """How one output of the candidate compares with the reference's.
+
+    Distances are over elements that are finite in both. `max_rel` is relative to the
+    largest magnitude of the reference, `sqnr_db` is in dB, `kl` in nats, agreements are
+    shares of rows (0 to 1). `kl` is null where the output is no distribution, agreements
+    where its last axis may not be classes. `shapes` are the reference's, the first few
+    different ones.
+    """
 
     name: str
     dtype: str
@@ -91,6 +112,10 @@ class OutputCheck(msgspec.Struct, frozen=True):
     cosine: Metric
     sqnr_db: Metric
     top1_agreement: Metric | None
+    top5_agreement: Metric | None = None
+    kl: Metric | None = None
+    shapes: list[list[int]] = []
+    not_finite: NotFinite = NotFinite()
 
 
 class Check(msgspec.Struct, frozen=True):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from onnxopt.inspection.survey import Inspection, Value
     from onnxopt.report import (
         Check,
+        Metric,
         OutputCheck,
         PassReport,
         Placement,
@@ -167,7 +168,11 @@ def _worst(outputs: Iterable[OutputCheck], name: str, pick: object) -> str:
 
 
 def _outputs(checks: Iterable[Check]) -> Iterator[Block]:
-    table = Table(("provider", "level", "output", "verdict", "SQNR dB", "max abs", ""), 4)
+    checks = list(checks)
+    every = [output for check in checks for output in check.outputs]
+    extra = [(t, n, p) for t, n, p in _WHERE_DEFINED if _defined(every, n)]
+    titles = ("SQNR dB", "max abs", *(title for title, _, _ in extra))
+    table = Table(("provider", "level", "output", "verdict", *titles, ""), 4)
     for check in checks:
         for output in check.outputs:
             table.add(
@@ -177,10 +182,27 @@ def _outputs(checks: Iterable[Check]) -> Iterator[Block]:
                 _status(output.status),
                 _worst([output], "sqnr_db", min),
                 _worst([output], "max_abs", max),
+                *(_cell(getattr(output, name), shown) for _, name, shown in extra),
                 output.reason or "",
             )
     if table.rows:
         yield table
+
+
+_WHERE_DEFINED = (
+    ("top 1", "top1_agreement", "{:.2%}"),
+    ("top 5", "top5_agreement", "{:.2%}"),
+    ("KL nats", "kl", "{:.2e}"),
+)
+"""Columns that are shown where some output has the metric: title, field, format."""
+
+
+def _defined(outputs: Iterable[OutputCheck], name: str) -> bool:
+    return any(getattr(output, name) is not None for output in outputs)
+
+
+def _cell(metric: Metric | None, shown: str) -> str:
+    return "" if metric is None or metric.worst is None else shown.format(metric.worst)
 
 
 def _placements(placements: Iterable[Placement], verbose: int) -> Iterator[Block]:

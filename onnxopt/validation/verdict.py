@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from onnxopt.data.inputs import Feed
 from onnxopt.errors import ProviderError
 from onnxopt.report import (
     Check,
+    Counts,
     LevelDifference,
     Metric,
+    NotFinite,
     OutputCheck,
     Placement,
     Status,
@@ -39,6 +42,8 @@ from onnxopt.validation.rules import (
 
 Side: TypeAlias = Literal["reference", "candidate"]
 LEVELS: tuple[Level, ...] = ("disable_all", "enable_all")
+# How many shapes of one output a report lists.
+_MOST_SHAPES = 16
 
 
 @dataclass(frozen=True)
@@ -251,9 +256,8 @@ def output_check(
     name: str, samples: Sequence[Sample], outcome: Outcome, random: bool
 ) -> OutputCheck:
     """One output's line of the report; the numbers are of the data, not of hard cases."""
-    data = [
-        s.difference for s in samples if s.kind == "data" and not s.difference.problem
-    ]
+    seen = [s.difference for s in samples if s.kind == "data"]
+    data = [d for d in seen if not d.problem]
     status: Status = "failed" if outcome.reason else "passed"
     reason = outcome.reason
     if random:
@@ -266,16 +270,34 @@ def output_check(
         bound=_finite(outcome.bound),
         max_abs=_largest(d.max_abs for d in data),
         max_rel=_largest(d.max_rel for d in data if not d.exact),
-        p99_abs=_largest(d.p99_abs for d in data),
+        p99_abs=_largest(d.p99_abs for d in data if not d.exact),
         cosine=_smallest(d.cosine for d in data if not d.exact),
         sqnr_db=_smallest(d.sqnr_db for d in data if not d.exact),
-        top1_agreement=_top1(data),
+        top1_agreement=_smallest_known(d.top1 for d in data),
+        top5_agreement=_smallest_known(d.top5 for d in data),
+        kl=_largest_known(d.kl for d in data),
+        shapes=_shapes(seen),
+        not_finite=NotFinite(_counts(data, 0), _counts(data, 1)),
     )
 
 
-def _top1(data: Sequence[Difference]) -> Metric | None:
-    rows = [d.top1 for d in data if d.top1 is not None]
-    return _smallest(rows) if rows else None
+def _shapes(data: Iterable[Difference]) -> list[list[int]]:
+    different = dict.fromkeys(d.shape for d in data if d.shape is not None)
+    return [list(shape) for shape in itertools.islice(different, _MOST_SHAPES)]
+
+
+def _counts(data: Sequence[Difference], side: int) -> Counts:
+    return Counts(sum(d.nans[side] for d in data), sum(d.infs[side] for d in data))
+
+
+def _smallest_known(values: Iterable[float | None]) -> Metric | None:
+    known = [value for value in values if value is not None]
+    return _smallest(known) if known else None
+
+
+def _largest_known(values: Iterable[float | None]) -> Metric | None:
+    known = [value for value in values if value is not None]
+    return _largest(known) if known else None
 
 
 def _largest(values: Iterable[float | None]) -> Metric:
