@@ -30,7 +30,8 @@ Request = tuple[Head, list[bytearray]]
 # What ORT, the C++ runtime and CUDA say when memory is short.
 _OUT_OF_MEMORY = re.compile(
     r"bad_?alloc|bad allocation|[Ff]ailed to allocate memory|out of memory|"
-    r"OUT_OF_MEMORY|CUDA failure 2:|cannot allocate memory",
+    r"OUT_OF_MEMORY|CUDA failure 2:|cannot allocate memory|"
+    r"Available memory of \d+ is smaller than requested",
     re.IGNORECASE,
 )
 # Element types that ORT knows and numpy does not, by their number in TensorProto.

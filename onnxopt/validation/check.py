@@ -105,7 +105,7 @@ class LevelCheck:
         reference.close()
         outputs = self._outputs(comparison, spreads)
         outputs = self._without_ties(comparison, outputs, verdict)
-        self._conclude(verdict, comparison, outputs)
+        self._conclude(verdict, comparison, outputs, spreads)
 
     def _place(self, session: Session, side: Side) -> None:
         found = of_session(session, self.provider, self.level, side)
@@ -241,7 +241,7 @@ class LevelCheck:
         self, comparison: Comparison, reference: Session, right: Worker
     ) -> dict[str, Spread]:
         """The noise of the outputs that the bound alone does not settle."""
-        doubts = self._doubts(comparison, {})
+        doubts = self._all_doubts(comparison, {})
         if not doubts or comparison.failure:
             return {}
         measure = SpreadMeasure(
@@ -249,9 +249,24 @@ class LevelCheck:
         )
         wanted = self._chosen(comparison, set().union(*doubts.values()))
         spreads = measure.measure(list(doubts), wanted, self.repeat)
-        if doubts := self._doubts(comparison, spreads):
+        if doubts := self._all_doubts(comparison, spreads):
             measure.measure_more(spreads, list(doubts), set().union(*doubts.values()))
         return spreads
+
+    def _all_doubts(
+        self, comparison: Comparison, spreads: dict[str, Spread]
+    ) -> dict[str, set[int]]:
+        """What is not settled on the provider, and what is not against the CPU."""
+        doubts = self._doubts(comparison, spreads)
+        cpu = self._doubts(self.against_cpu, self._with_cpu(spreads))
+        return {n: doubts.get(n, set()) | cpu.get(n, set()) for n in {**doubts, **cpu}}
+
+    def _with_cpu(self, spreads: dict[str, Spread]) -> dict[str, Spread]:
+        """What another provider moves a reference by, besides what rounding does."""
+        return {
+            name: self.cpu_spread.get(name, Spread()) | spreads.get(name, Spread())
+            for name in {**self.cpu_spread, **spreads}
+        }
 
     def _doubts(
         self, comparison: Comparison, spreads: dict[str, Spread]
@@ -275,7 +290,11 @@ class LevelCheck:
     # --- the verdict ------------------------------------------------------------------
 
     def _conclude(
-        self, verdict: Verdict, comparison: Comparison, outputs: list[OutputCheck]
+        self,
+        verdict: Verdict,
+        comparison: Comparison,
+        outputs: list[OutputCheck],
+        spreads: dict[str, Spread],
     ) -> None:
         if comparison.rejected:
             verdict.note(
@@ -292,7 +311,7 @@ class LevelCheck:
         status, reason = self._status(comparison, outputs)
         verdict.checks.append(Check(self.provider, self.level, status, reason, outputs))
         if self.against_cpu.feeds:
-            outputs = self._outputs(self.against_cpu, self.cpu_spread)
+            outputs = self._outputs(self.against_cpu, self._with_cpu(spreads))
             status, reason = self._status(self.against_cpu, outputs)
             name = f"{self.provider} against cpu"
             verdict.checks.append(Check(name, self.level, status, reason, outputs))

@@ -201,8 +201,12 @@ def int8_notes(
         if not dequantized and not integer:
             continue
         mine = [p for p in placements if (p.provider, p.model) == (provider, side)]
+        told: dict[str, list[str]] = {}
         for placement in mine:
-            yield _int8_as_run(placement, dequantized, integer)
+            text = _int8_as_run(placement, dequantized, integer)
+            told.setdefault(text, []).append(placement.level)
+        for text, levels in told.items():
+            yield f"{provider} {' and '.join(levels)}: {text}"
         if not mine:
             yield f"{provider} was not run. {_int8_foretold(side, dequantized, integer)}"
 
@@ -241,7 +245,7 @@ def _int8_as_run(
     on_cuda = placement.operators.get(CUDA, {})
     floats = {op: min(n, on_cuda.get(op, 0)) for op, n in sorted(dequantized.items())}
     told = _told({op: n for op, n in floats.items() if n})
-    text = f"{placement.provider} {placement.level}: {_NO_INT8}"
+    text = _NO_INT8
     if told:
         text += f"; of the {placement.model}, {told} between Q and DQ ran as float"
     for name, ops in placement.operators.items():

@@ -61,6 +61,13 @@ class Spread:
         """Record one run of the moved reference."""
         self.samples.setdefault(sample.key, []).append(sample)
 
+    def __or__(self, other: Spread) -> Spread:
+        """The runs of both."""
+        keys = {**self.samples, **other.samples}
+        return Spread(
+            {k: [*self.samples.get(k, ()), *other.samples.get(k, ())] for k in keys}
+        )
+
     @property
     def moved(self) -> bool:
         """Whether anything differed in any run."""
