@@ -20,7 +20,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -36,15 +36,20 @@ from onnxopt.validation.check import LevelCheck
 from onnxopt.validation.metrics import Difference, compare
 from onnxopt.validation.rules import FACTOR, Floor
 from onnxopt.validation.samples import blamed
-from onnxopt.validation.segments import common_values, known_difference, made_differently
+from onnxopt.validation.segments import (
+    common_values,
+    known_difference,
+    made_differently,
+    surely_alike,
+)
 from onnxopt.validation.spread import MovedModels
-from onnxopt.validation.taps import TapModel, write_part
+from onnxopt.validation.taps import UNKNOWN_BYTES, TapModel, write_part
 from onnxopt.validation.verdict import LEVELS, Question, Verdict, Workers, is_cpu
 
 log = logging.getLogger("onnxopt.validate")
 
-CHUNK_BYTES = 32 << 20
-"""Values that are made at once, on each feed."""
+CHUNK_BYTES = 12 << 20
+"""Values that are made at once, on all feeds together."""
 MAX_FEEDS = 3
 GAIN = 256.0
 """Errors are made so many times as large to see whether the outputs depend on them."""
@@ -113,6 +118,13 @@ def _passed(verdict: Verdict, provider: str) -> Check | None:
     return next(found, None)
 
 
+class Kept(NamedTuple):
+    """What all nodes after one can be made from, on one feed."""
+
+    at: int
+    values: dict[str, Any]
+
+
 class Inside:
     """Both models, cut at the values that they share."""
 
@@ -130,6 +142,8 @@ class Inside:
         self.unlike = {name: text for name, text in known.items() if text}
         self.common = [name for name in both if name not in self.unlike]
         self.suspected: list[str] = []
+        self.limit = CHUNK_BYTES // max(1, len(self.feeds))
+        self._kept: dict[tuple[Path, int | None], Kept] = {}
 
     def close(self) -> None:
         """Close the files that it reads from."""
@@ -192,20 +206,18 @@ class Inside:
 
     def readers(self, names: Collection[str], common: Sequence[str]) -> list[str]:
         """Those of `common` whose segments begin with one of `names`, in either model."""
-        start = {*common, *names}
-        return [
-            name
-            for name in common
-            if not set(names).isdisjoint(
-                self.one.cut(start, [name])[1] | self.two.cut(start, [name])[1]
-            )
-        ]
+        start, wanted = {*common, *names}, set(names)
+        found = self.one.readers(wanted, start) | self.two.readers(wanted, start)
+        return [name for name in common if name in found]
 
     def _unlike(self, names: Sequence[str]) -> set[str]:
         """Those that are no tensors, or have other shapes or types in the two models."""
         new = [
             n for n in dict.fromkeys(names) if n not in self.alike | self.unlike.keys()
         ]
+        sure = {name for name in new if surely_alike(self.one, self.two, name)}
+        self.alike |= sure
+        new = [name for name in new if name not in sure]
         for chunk in self.one.chunks(new, self.feeds[0], CHUNK_BYTES):
             left = self.values(self.one, self.workers.reference, chunk, self.feeds[0])
             right = self.values(self.two, self.workers.candidate, chunk, self.feeds[0])
@@ -220,9 +232,45 @@ class Inside:
     def values(
         self, taps: TapModel, worker: Worker, names: Sequence[str], feed: Feed
     ) -> dict[str, Any]:
-        """Inner values of one model on a feed."""
-        path = taps.write(names, self.folder / "taps.onnx")
-        return self._run(worker, path, feed, names)
+        """Inner values of one model on a feed.
+
+        What is alive after the last of them is kept, as far as it is no more than a lot,
+        and the next lot is made from there: the model is run once and not once a lot.
+        """
+        at = next((i for i, own in enumerate(self.feeds) if own is feed), None)
+        kept = self._kept.pop((taps.path, at), Kept(-1, {}))
+        known = {name: kept.values[name] for name in names if name in kept.values}
+        new = [name for name in names if name not in known]
+        if not new:
+            self._kept[taps.path, at] = kept
+            return known
+        places = [taps.order[name] for name in new]
+        if min(places) <= kept.at:
+            kept, known, new = Kept(-1, {}), {}, list(names)
+        ahead = [] if at is None else self._ahead(taps, max(places), feed)
+        wanted = dict.fromkeys([*new, *(n for n in ahead if n not in kept.values)])
+        path = self.folder / "taps.onnx"
+        if kept.values:
+            part = {name: name for name in wanted}
+            held = feed | kept.values
+            write_part(taps.path, part, self._given(held, list(kept.values)), path)
+            found = self._run(worker, path, held, list(wanted))
+        else:
+            taps.write(list(wanted), path)
+            found = self._run(worker, path, feed, list(wanted))
+        every = kept.values | found
+        if ahead and all(isinstance(every[name], np.ndarray) for name in ahead):
+            left = {name: every[name] for name in ahead}
+            self._kept[taps.path, at] = Kept(max(places), left)
+        return known | {name: found[name] for name in new}
+
+    def _ahead(self, taps: TapModel, index: int, feed: Feed) -> list[str]:
+        """The values that all after node `index` can be made from; none if too large."""
+        symbols, names = taps.symbols(feed), taps.alive_after(index)
+        sizes = [taps.bytes_of(name, symbols) for name in names]
+        known = [size for size in sizes if size is not None]
+        fit = len(known) == len(sizes) and sum(known) <= self.limit
+        return names if fit else []
 
     def _run(
         self, worker: Worker, path: Path, feed: Feed, names: Sequence[str]
@@ -248,9 +296,30 @@ class Inside:
         """Those of `names` that are off where both models are given all of `common`."""
         return [
             off
-            for chunk in self.one.chunks(names, self.feeds[0], CHUNK_BYTES)
+            for chunk in self._lots(names, common)
             for off in self._off_in(chunk, common)
         ]
+
+    def _lots(self, names: Sequence[str], common: Sequence[str]) -> Iterator[list[str]]:
+        """The names, in lots that are bounded with all that they are made from."""
+        start, symbols = set(common), self.one.symbols(self.feeds[0])
+        lot, held, size = list[str](), set[str](), 0
+        for name in names:
+            ends = self.one.cut(start, [name])[1] | self.two.cut(start, [name])[1]
+            both = {name, *ends}
+            more = self._size(both - held, symbols)
+            if lot and size + more > self.limit:
+                yield lot
+                lot, held, size, more = [], set(), 0, self._size(both, symbols)
+            lot.append(name)
+            held |= both
+            size += more
+        if lot:
+            yield lot
+
+    def _size(self, names: Collection[str], symbols: Mapping[str, int]) -> int:
+        sizes = [self.one.bytes_of(name, symbols) for name in names]
+        return sum(UNKNOWN_BYTES if size is None else size for size in sizes)
 
     def _off_in(self, names: Sequence[str], common: Sequence[str]) -> list[OutputCheck]:
         reads = self.reads(names, common)

@@ -118,7 +118,9 @@ def _first_drift(inside: Inside) -> OutputCheck | None:
 
 
 def _cause(inside: Inside, name: str) -> OutputCheck | None:
-    before = [other for other in inside.suspected if name in inside.two.followers(other)]
+    nodes, _ = inside.two.cut((), [name])
+    read = {source for node in nodes for source in inside.two.sources(node)}
+    before = [other for other in inside.suspected if other in read]
     for names in inside.one.chunks(before, inside.feeds[0], CHUNK_BYTES):
         checks = _judge_taps(inside, names)
         found = {output.name: output for check in checks for output in check.outputs}

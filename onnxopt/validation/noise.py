@@ -18,10 +18,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
 from onnxopt import attributes
 from onnxopt.data.inputs import Feed
+from onnxopt.model import Model
+from onnxopt.save import stage
+from onnxopt.weights import tensor_bytes, tensors
 
 # Above this, models are not copied to move their weights; their inputs still are.
 WEIGHT_LIMIT = 1 << 30
@@ -82,14 +85,12 @@ def facts(model: onnx.ModelProto, path: Path) -> Facts:
 
 
 def external_bytes(model: onnx.ModelProto) -> int:
-    """Bytes of external data that initializers refer to."""
-    entries = (
-        entry
-        for tensor in model.graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "length"
+    """Bytes of external data that the model refers to."""
+    return sum(
+        tensor_bytes(tensor)
+        for tensor in tensors(model)
+        if tensor.data_location == TensorProto.EXTERNAL
     )
-    return sum(int(entry.value) for entry in entries if entry.value.isdigit())
 
 
 def all_nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
@@ -161,16 +162,23 @@ def move(array: np.ndarray, ulps: int, seed: str) -> np.ndarray:
     return np.asarray(np.where(keep, array, floats), dtype=array.dtype)
 
 
-def moved_model(path: Path, ulps: int, seed: int) -> bytes | None:
-    """The model with its float weights moved; None where it is too large or has none."""
-    model = onnx.load(path)
-    weights = list(_weights(model))
-    if not weights:
-        return None
-    for index, tensor in enumerate(weights):
-        array = move(numpy_helper.to_array(tensor), ulps, f"{seed}:weight:{index}")
-        tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
-    return bytes(model.SerializeToString())
+def write_moved(path: Path, ulps: int, seed: int, target: Path) -> bool:
+    """Write the model with its float weights moved, one at a time in memory.
+
+    False, and nothing written, where it has none.
+    """
+    model = Model.open(path)
+    try:
+        weights = list(_weights(model.proto))
+        for index, tensor in enumerate(weights):
+            array = model.weights.array(tensor)
+            array = move(array, ulps, f"{seed}:weight:{index}")
+            tensor.CopyFrom(model.weights.tensor(array, tensor.name))
+        if weights:
+            stage(model, target).commit()
+    finally:
+        model.weights.close()
+    return bool(weights)
 
 
 def _weights(model: onnx.ModelProto) -> Iterator[TensorProto]:

@@ -49,6 +49,18 @@ def known_difference(one: TapModel, two: TapModel, name: str) -> str | None:
     return None if same else f"has shape {list(second)}, not {list(first)}"
 
 
+def surely_alike(one: TapModel, two: TapModel, name: str) -> bool:
+    """Whether a value is known to be a tensor of one type and size in both models."""
+    shapes = one.graph.shape(name), two.graph.shape(name)
+    return (
+        one.graph.dtype(name) is not None
+        and one.graph.dtype(name) == two.graph.dtype(name)
+        and shapes[0] is not None
+        and shapes[0] == shapes[1]
+        and all(isinstance(dim, int) for dim in shapes[0])
+    )
+
+
 def made_differently(one: TapModel, two: TapModel, common: Collection[str]) -> list[str]:
     """Those of `common`, in its order, whose segments are not the same in both."""
     known = set(common)
@@ -62,7 +74,7 @@ class _Signatures:
     def __init__(self, taps: TapModel, common: Collection[str]) -> None:
         self.taps, self.common = taps, common
         self.graph, self.weights = taps.graph, taps.model.weights
-        self.constants: dict[str, bytes] = {}
+        self.constants = taps.digests
         self.functions = {
             (f.domain, f.name, f.overload): f for f in taps.model.proto.functions
         }

@@ -58,11 +58,17 @@ class MovedModels:
             return reference
         path = self.folder / f"moved-{ulps}-{seed}.onnx"
         if not path.exists():
-            model = noise.moved_model(reference, ulps, self.question.seed + seed)
-            if model is None:
+            if self.facts.size > _CHEAP_COPY:
+                self._remove_others(ulps)
+            if not noise.write_moved(reference, ulps, self.question.seed + seed, path):
                 return reference
-            path.write_bytes(model)
         return path
+
+    def _remove_others(self, ulps: int) -> None:
+        """Large copies are kept of one size of move only, for the sake of the disk."""
+        for old in self.folder.glob("moved-*"):
+            if not old.name.startswith(f"moved-{ulps}-"):
+                old.unlink()
 
 
 @dataclass(frozen=True)

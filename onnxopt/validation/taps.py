@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ class TapModel:
             for name in node.output
             if name
         }
+        self.digests: dict[str, bytes] = {}  # of constants, once they were read
 
     def close(self) -> None:
         """Close the files that it reads from."""
@@ -77,6 +79,29 @@ class TapModel:
             if not found.isdisjoint(self.sources(node)):
                 found.update(node.output)
         return found - {name}
+
+    def readers(self, names: Collection[str], start: Collection[str]) -> set[str]:
+        """The values whose making, from values `start`, begins with one of `names`."""
+        found = set[str]()
+        for node in self.nodes:
+            for source in self.sources(node):
+                if source in names or (source in found and source not in start):
+                    found.update(node.output)
+                    break
+        return found
+
+    def alive_after(self, index: int) -> list[str]:
+        """What the nodes up to `index` make and others read; no constants."""
+        return [
+            name
+            for name, last in self._last_reads.items()
+            if self.order[name] <= index < last and self.maker(name).op_type != "Constant"
+        ]
+
+    @functools.cached_property
+    def _last_reads(self) -> dict[str, int]:
+        reads = enumerate(map(self.sources, self.nodes))
+        return {name: i for i, names in reads for name in names if name in self.order}
 
     def bytes_of(self, name: str, symbols: Mapping[str, int]) -> int | None:
         """Size of a value where its symbolic dims are `symbols`; None where unknown."""
@@ -118,16 +143,19 @@ class TapModel:
             yield chunk
 
     def write(self, names: Sequence[str], target: Path) -> Path:
-        """Write a copy to `target` whose outputs are `names`, and nothing else."""
-        outputs = self.model.proto.graph.output
-        before = [ValueInfoProto.FromString(v.SerializeToString()) for v in outputs]
-        del outputs[:]
-        outputs.extend(ValueInfoProto(name=name) for name in names)
+        """Write a copy to `target` whose outputs are `names`, and what makes them."""
+        taps = TapModel(self.path)
         try:
-            stage(self.model, target).commit()
+            graph = taps.model.proto.graph
+            nodes, _ = taps.cut((), names)
+            _keep_nodes(taps, nodes, (), {})
+            _keep_weights(taps, nodes, {value.name for value in graph.input})
+            for field in ("output", "quantization_annotation"):
+                graph.ClearField(field)
+            graph.output.extend(ValueInfoProto(name=name) for name in names)
+            stage(taps.model, target).commit()
         finally:
-            del outputs[:]
-            outputs.extend(before)
+            taps.close()
         return target
 
     def cut(
@@ -137,22 +165,20 @@ class TapModel:
 
         An end is made even where it is among `start`.
         """
-        chosen, read = dict[int, NodeProto](), set[str]()
+        chosen, read = set[int](), set[str]()
         stack = list(ends)
         while stack:
             name = stack.pop()
-            if name not in self.order:
+            index = self.order.get(name)
+            if index is None or index in chosen:
                 continue
-            node = self.maker(name)
-            if id(node) in chosen:
-                continue
-            chosen[id(node)] = node
-            for source in self.sources(node):
+            chosen.add(index)
+            for source in self.sources(self.nodes[index]):
                 if source in start:
                     read.add(source)
                 else:
                     stack.append(source)
-        return [node for node in self.nodes if id(node) in chosen], read
+        return [self.nodes[index] for index in sorted(chosen)], read
 
 
 def _reads(node: NodeProto) -> Iterator[str]:
@@ -216,14 +242,11 @@ def _keep_ends(
 ) -> None:
     """Inputs, outputs and weights of what is left."""
     graph: GraphProto = taps.model.proto.graph
-    read = {name for node in nodes for name in taps.sources(node)} - set(given)
     own = {
         value.name: ValueInfoProto.FromString(value.SerializeToString())
         for value in graph.input
     }
-    _keep(graph.initializer, [tensor.name in read for tensor in graph.initializer])
-    sparse = graph.sparse_initializer
-    _keep(sparse, [item.values.name in read for item in sparse])
+    _keep_weights(taps, nodes, (), given)
     for field in ("input", "output", "value_info", "quantization_annotation"):
         graph.ClearField(field)
     graph.input.extend(
@@ -231,6 +254,21 @@ def _keep_ends(
         for name, kind in given.items()
     )
     graph.output.extend(ValueInfoProto(name=name) for name in ends)
+
+
+def _keep_weights(
+    taps: TapModel,
+    nodes: Sequence[NodeProto],
+    more: Collection[str],
+    given: Collection[str] = (),
+) -> None:
+    """Leave the weights that `nodes` read and that are not `given`, and `more`."""
+    graph = taps.model.proto.graph
+    kept = {name for node in nodes for name in taps.sources(node)}.difference(given)
+    kept.update(more)
+    _keep(graph.initializer, [tensor.name in kept for tensor in graph.initializer])
+    sparse = graph.sparse_initializer
+    _keep(sparse, [item.values.name in kept for item in sparse])
 
 
 def _fix_shapes(graph: GraphProto, shapes: Mapping[str, Sequence[int]]) -> None:
