@@ -44,7 +44,13 @@ from onnxopt.errors import (
     WorkerMemoryError,
 )
 from onnxopt.report import Check, LevelDifference, Validation
-from onnxopt.runtime import Session, Worker, available_providers, provider_name
+from onnxopt.runtime import (
+    Level,
+    Session,
+    Worker,
+    available_providers,
+    provider_name,
+)
 from onnxopt.validation import noise, placement
 from onnxopt.validation.check import LevelCheck
 from onnxopt.validation.inside import judge_inside
@@ -467,21 +473,42 @@ def _add_level_differences(
     """How far ORT's optimizations move either model; nothing where it cannot run."""
     for side, worker, path in workers.sides(verdict.question):
         worst: dict[str, tuple[float, float | None]] = {}
-        specs = [verdict.question.spec(provider, level) for level in LEVELS]
         try:
-            plain, optimized = (worker.load(path, spec) for spec in specs)
-            for feed in itertools.islice(feeds, _LEVEL_FEEDS):
-                with contextlib.suppress(WorkerMemoryError):
-                    verdict.question.refuse_to_swap(side, provider, feed)
-                    _add_level_difference(worst, plain.run(feed), optimized.run(feed))
-            plain.close()
-            optimized.close()
+            # One session after the other: two would hold the weights twice.
+            plain, optimized = (
+                _level_outputs(
+                    verdict.question, side, worker, path, provider, level, feeds
+                )
+                for level in LEVELS
+            )
+            for index in plain.keys() & optimized.keys():
+                _add_level_difference(worst, plain[index], optimized[index])
         except (WorkerError, ProviderError) as error:
             log.info("levels of the %s were not compared: %s", side, error)
         verdict.differences += [
             LevelDifference(provider, side, name, sqnr, far)
             for name, (far, sqnr) in worst.items()
         ]
+
+
+def _level_outputs(
+    question: Question,
+    side: Side,
+    worker: Worker,
+    path: Path,
+    provider: str,
+    level: Level,
+    feeds: Feeds,
+) -> dict[int, dict[str, object]]:
+    """The outputs on the first feeds, less those that are too large to run."""
+    found = {}
+    session = worker.load(path, question.spec(provider, level))
+    for index, feed in enumerate(itertools.islice(feeds, _LEVEL_FEEDS)):
+        with contextlib.suppress(WorkerMemoryError):
+            question.refuse_to_swap(side, provider, feed)
+            found[index] = session.run(feed)
+    session.close()
+    return found
 
 
 def _add_level_difference(

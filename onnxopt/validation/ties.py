@@ -84,7 +84,7 @@ def tapped(path: Path, names: Iterable[str]) -> tuple[bytes, tuple[tuple[str, st
     for name in dict.fromkeys(names):
         if name not in present:
             model.graph.output.append(onnx.ValueInfoProto(name=name))
-    return model.SerializeToString(), ((_FOLDER, str(path.resolve().parent)),)
+    return model.SerializeToString(), ((_FOLDER, str(path.absolute().parent)),)
 
 
 @dataclass
