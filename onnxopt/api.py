@@ -210,7 +210,7 @@ class Job:
             result, staged = run.attempt(limit)
             if _failed(report) and on_failure == "rollback":
                 staged.discard()
-                result, staged = run.roll_back()
+                result, staged = run.roll_back(limit)
             run.tell_times()
             with staged:
                 staged.keep = run.keep
@@ -249,9 +249,11 @@ class Job:
                 )
 
     def _feeds(self, original: Model) -> data.Feeds | None:
-        if not self.options.get("validate", True):
+        judged = self.options.get("validate", True)
+        if not judged and self.data is None:
             return None
-        return _feeds(original, self.data, self.options)
+        feeds = _feeds(original, self.data, self.options)  # also says what is wrong
+        return feeds if judged else None
 
     def _require_validation(self, report: Report) -> None:
         validation = report.validation
@@ -388,8 +390,8 @@ class Attempts:
 
         return observe
 
-    def roll_back(self) -> tuple[Result, Staged]:
-        """The run without its wrong edits; all others are made.
+    def roll_back(self, limit: int | None = None) -> tuple[Result, Staged]:
+        """The run of at most `limit` edits without its wrong ones; all others are made.
 
         Each wrong edit is found by bisection and forbidden; where there are too many,
         what comes before the first of them is kept.
@@ -406,7 +408,7 @@ class Attempts:
                 f"({entry.why}): {reason}"
             )
             self.forbidden |= {entry}
-            result, staged = self.attempt(None)
+            result, staged = self.attempt(limit)
             if not _failed(self.report):
                 self.report.notes += reasons
                 return result, staged

@@ -77,6 +77,8 @@ class PassManager:
     def run(self, model: Model, context: Context | None = None) -> None:
         """Run until a whole round makes no edit, not even where all is looked at anew.
 
+        A lossy pass runs in the first round only.
+
         Within the rounds, a pass revisits what changed, and shapes once inferred stay;
         an edit can also tell more about the shapes of values far from it.
 
@@ -94,7 +96,11 @@ class PassManager:
             if rounds == self.max_rounds * len(self.passes):
                 model.notes.append(f"no fixed point after {self.max_rounds} rounds")
                 break
-            edits = self._run_one(self.passes[rounds % len(self.passes)], model, context)
+            pass_ = self.passes[rounds % len(self.passes)]
+            again = rounds >= len(self.passes)
+            # What a lossy pass takes away is its measure: once, and no more.
+            once = pass_.guarantee == "lossy" and again
+            edits = 0 if once else self._run_one(pass_, model, context)
             idle = 0 if edits else idle + 1
             rounds += 1
         model.settle()

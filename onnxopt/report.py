@@ -167,6 +167,11 @@ class Validation(msgspec.Struct, frozen=True):
     placements: list[Placement] = []
 
 
+def not_judged(reason: str) -> Validation:
+    """A verdict that never came."""
+    return Validation("not_run", reason, "", 0, [], [], [])
+
+
 class Report(msgspec.Struct, kw_only=True):
     """One run of onnxopt, from the file that came in to the file that went out."""
 

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from onnx import FunctionProto, GraphProto, NodeProto
 
 from onnxopt import attributes
+from onnxopt.errors import PassError
 from onnxopt.graph import GraphView, Use
 from onnxopt.model import Model
 
 
-class BrokenGraphError(AssertionError):
+class BrokenGraphError(PassError):
     """A pass left the graph, or its index, in a wrong state: a bug in that pass."""
 
 

@@ -230,3 +230,15 @@ def test_command_tells_the_culprit(
         "after.onnx",
         "feed.npz",
     }
+
+
+def test_rollback_keeps_to_the_bisect_limit(model: Path) -> None:
+    result = onnxopt.optimize(
+        model,
+        passes=[Rename(), Spoil(layers=(1,))],
+        on_failure="rollback",
+        bisect_limit=LAYERS + 4,
+    )
+    made = {entry.name: entry.edits for entry in result.report.passes}
+    assert made == {"weights-anew": LAYERS, "spoil": 4}
+    assert any("edit" in note and "conv1" in note for note in result.report.notes)

@@ -532,3 +532,22 @@ def test_codes_that_flip_are_no_errors_against_the_cpu() -> None:
         if (check.provider, check.level) == (f"{AZURE} against cpu", "enable_all")
     ]
     assert flipped, "no code flips: another model is needed"
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [(["--provider", "cuda"], 4), (["--timeout", "0.001"], 5)],
+    ids=["absent", "time-out"],
+)
+def test_validate_writes_its_json_also_where_there_is_no_verdict(
+    tmp_path: Path, options: list[str], code: int
+) -> None:
+    if "CUDAExecutionProvider" in runtime.available_providers() and code == 4:
+        pytest.skip("CUDA is there")
+    model, target = str(MODELS / "fashion_float.onnx"), tmp_path / "verdict.json"
+    with pytest.raises(SystemExit) as left:
+        cli.main(["validate", model, model, *options, "--json", str(target)])
+    assert left.value.code == code
+    found = json.loads(target.read_text())
+    assert found["status"] == "not_run"
+    assert found["reason"]

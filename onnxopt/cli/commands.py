@@ -1,7 +1,7 @@
 """The command line. Importing it, and `--help`, need nothing but click.
 
 A verb reads its options, calls the function of `onnxopt.api` that does the work, shows
-what came of it and returns the exit code; `onnxopt.outcome` turns errors into theirs.
+what came of it and returns the exit code; `cli.outcome` turns errors into theirs.
 """
 
 from __future__ import annotations
@@ -74,19 +74,28 @@ def validate(
     from onnxopt import api
     from onnxopt.cli import describe, terminal
     from onnxopt.cli.document import Document
-    from onnxopt.report import as_json
+    from onnxopt.errors import ProviderError, WorkerError
+    from onnxopt.report import as_json, not_judged
+    from onnxopt.validation.judge import AbsentProviderError
     from onnxopt.validation.placement import ProviderTime
 
     times: list[ProviderTime] = []
     with Document(json_to) as document:
-        verdict = api.validate(
-            reference,
-            candidate,
-            data=given["data"],
-            providers=given["providers"],
-            time_observer=times.append if measure else None,
-            **options.job_options({**given, "providers": None}),
-        )
+        try:
+            verdict = api.validate(
+                reference,
+                candidate,
+                data=given["data"],
+                providers=given["providers"],
+                time_observer=times.append if measure else None,
+                **options.job_options({**given, "providers": None}),
+            )
+        except AbsentProviderError as error:
+            document.write(as_json(error.validation))
+            raise
+        except (ProviderError, WorkerError) as error:
+            document.write(as_json(not_judged(str(error))))
+            raise
         document.write(as_json(verdict))
     terminal.show(describe.verdict(verdict, verbose), err=document.to_stdout)
     if measure:

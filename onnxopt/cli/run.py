@@ -1,4 +1,4 @@
-"""Running a verb that writes a model: `optimize`, `simplify`.
+"""Running a verb that writes a model: `optimize`, `simplify`, `shrink`.
 
 In this order: what is wrong with the command line, the run, the report under a
 temporary name, then the model, then the report. So a report that cannot be written

@@ -30,7 +30,7 @@ def judge_unrounded(
     rules = question.rules(facts, provider, LEVELS[0])
     if not facts.quantized or not any(isinstance(rule, Floor) for rule in rules):
         return
-    if facts.size > noise.WEIGHT_LIMIT or not _passed(verdict, provider):
+    if _is_large(question, facts) or not _passed(verdict, provider):
         return
     folder = moved.folder / f"unrounded-{len(verdict.checks)}"
     folder.mkdir()
@@ -44,6 +44,13 @@ def judge_unrounded(
         if check.status != "not_run":
             name = f"{check.provider} without rounding of codes"
             verdict.checks.append(msgspec.structs.replace(check, provider=name))
+
+
+def _is_large(question: Question, facts: noise.Facts) -> bool:
+    """Whether either model is too large to be held in memory and copied."""
+    path = question.candidate
+    candidate = noise.facts(onnx.load(path, load_external_data=False), path)
+    return max(facts.size, candidate.size) > noise.WEIGHT_LIMIT
 
 
 def _passed(verdict: Verdict, provider: str) -> bool:
