@@ -26,7 +26,9 @@ from onnxopt.runtime import Worker
 from onnxopt.validation.bodies import body_name, write_body
 from onnxopt.validation.inside import CHUNK_BYTES, GivenFeeds, Inside, judge_pair
 from onnxopt.validation.metrics import compare
+from onnxopt.validation.ordering import is_comparable, is_misordered
 from onnxopt.validation.taps import TapModel
+from onnxopt.validation.ties import find_search
 from onnxopt.validation.verdict import Question, Workers
 
 MAX_DEPTH = 4
@@ -92,7 +94,7 @@ def _search(question: Question, workers: Workers, feed: Feed, scope: str) -> Fou
         try:
             wrong = inside.first_wrong()
             local = wrong is not None
-            wrong = wrong or _first_drift(inside)
+            wrong = wrong or _first_drift(inside) or _first_misordered(inside)
             wrong = _first_unlike(inside, wrong.name if wrong else None) or wrong
             if wrong is None:
                 return None
@@ -133,6 +135,25 @@ def _cause(inside: Inside, name: str) -> OutputCheck | None:
     return None
 
 
+def _first_misordered(inside: Inside) -> OutputCheck | None:
+    """The first indices that are equal, and chosen from values of another order."""
+    one, two = inside.one, inside.two
+    feed = inside.feeds[0]
+    for name in inside.suspected:
+        left, right = (find_search(taps.model.proto, name) for taps in (one, two))
+        if not left or not right or left.kind != right.kind:
+            continue
+        if left.source not in one.order or right.source not in two.order:
+            continue
+        workers = inside.workers
+        values = inside.values(one, workers.reference, [left.source], feed)
+        others = inside.values(two, workers.candidate, [right.source], feed)
+        pair = values[left.source], others[right.source]
+        if is_comparable(*pair) and is_misordered(*pair, left.axis):
+            return _without_numbers(name, "is chosen from values of another order")
+    return None
+
+
 def _first_unlike(inside: Inside, name: str | None = None) -> OutputCheck | None:
     """The first value of another shape or type; of those that `name` is made of."""
     nodes = inside.two.nodes
@@ -142,12 +163,17 @@ def _first_unlike(inside: Inside, name: str | None = None) -> OutputCheck | None
     found = next((value for value in made if inside.unlike.get(value)), None)
     if found is None:
         return None
+    return _without_numbers(found, inside.unlike[found])
+
+
+def _without_numbers(name: str, reason: str) -> OutputCheck:
+    """A value that is wrong, where no distance tells by how much."""
     nothing = Metric(None, None)
     return OutputCheck(
-        name=found,
+        name=name,
         dtype="",
         status="failed",
-        reason=inside.unlike[found],
+        reason=reason,
         bound=None,
         max_abs=nothing,
         max_rel=nothing,

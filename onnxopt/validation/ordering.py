@@ -15,6 +15,7 @@ import dataclasses
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -90,9 +91,7 @@ class _Look:
             values = [self._values(session, side, feed) for side, session in sessions]
             for name, (left, right) in self.pairs.items():
                 one, two = values[0][left.source], values[1][right.source]
-                if not isinstance(one, np.ndarray) or not isinstance(two, np.ndarray):
-                    continue
-                if _comparable(one, two) and is_misordered(one, two, left.axis):
+                if is_comparable(one, two) and is_misordered(one, two, left.axis):
                     return name, index
         return None
 
@@ -107,15 +106,18 @@ class _Look:
     def _sources(self, side: int) -> list[str]:
         return list(dict.fromkeys(pair[side].source for pair in self.pairs.values()))
 
-    def _values(self, session: Session, side: int, feed: Feed) -> dict[str, object]:
+    def _values(self, session: Session, side: int, feed: Feed) -> dict[str, Any]:
         wanted = [name for name in self._sources(side) if name not in feed]
         with blamed(("reference", "candidate")[side]):
             return feed | session.run(feed, wanted)
 
 
-def _comparable(one: np.ndarray, two: np.ndarray) -> bool:
+def is_comparable(one: Any, two: Any) -> bool:
+    """Whether two values are finite floats of one shape, with an axis to search."""
     return (
-        one.shape == two.shape
+        isinstance(one, np.ndarray)
+        and isinstance(two, np.ndarray)
+        and one.shape == two.shape
         and one.ndim > 0
         and one.dtype.kind == two.dtype.kind == "f"
         and bool(np.isfinite(one).all() and np.isfinite(two).all())
