@@ -27,7 +27,14 @@ from onnxopt.evaluate import Evaluator
 from onnxopt.ledger import Edited, Ledger
 from onnxopt.manager import Context, Observer, Pass, PassManager
 from onnxopt.model import Model, Source
-from onnxopt.report import Check, Guarantee, PassReport, Report, Validation
+from onnxopt.report import (
+    Check,
+    Guarantee,
+    PassReport,
+    Report,
+    Validation,
+    not_judged,
+)
 from onnxopt.runtime import provider_name, provider_options
 from onnxopt.save import Staged, fits_in_protobuf, stage, to_proto
 from onnxopt.settings import Options, ValidationOptions
@@ -207,6 +214,7 @@ class Job:
         """
         with self.attempts(output) as run:
             report, limit = run.report, self.options.get("bisect_limit")
+            run.tolerant = on_failure == "rollback"
             result, staged = run.attempt(limit)
             if _failed(report) and on_failure == "rollback":
                 staged.discard()
@@ -269,7 +277,8 @@ class Attempts:
     """The runs of one job: the first one, and those that look for a wrong edit.
 
     `history`: the edits of the last one; `times`: what its verdict measured, where
-    asked for; `forbidden`: edits that are not made.
+    asked for; `forbidden`: edits that are not made. Where `tolerant`, a result that
+    crashes its worker, hangs or takes all memory is wrong as any other.
     """
 
     job: Job
@@ -283,6 +292,7 @@ class Attempts:
     history: list[Edited] = field(default_factory=list)
     times: list[ProviderTime] = field(default_factory=list)
     forbidden: frozenset[Edited] = frozenset()
+    tolerant: bool = False
 
     @property
     def has_failed(self) -> bool:
@@ -314,7 +324,7 @@ class Attempts:
             report.output = facts.of_staged(made, staged)
             if self.feeds is not None:
                 times = self.times if options.get("time_observer") else None
-                report.validation = self._verdict(staged.path, report.passes, times)
+                report.validation = self._judged(staged.path, report.passes, times)
                 _check_format(report, self.reference, staged.path)
                 self._check_interface(interface.of(made.proto))
         except BaseException:
@@ -325,6 +335,17 @@ class Attempts:
             Result(report, seconds=manager.seconds, _model=model, _as_graph=as_graph),
             staged,
         )
+
+    def _judged(
+        self, path: Path, passes: Sequence[PassReport], times: list[ProviderTime] | None
+    ) -> Validation:
+        """The verdict; a candidate that takes its worker down is wrong, if tolerated."""
+        try:
+            return self._verdict(path, passes, times)
+        except WorkerError as error:
+            if not (self.tolerant and str(error).startswith("candidate: ")):
+                raise
+            return msgspec.structs.replace(not_judged(str(error)), status="failed")
 
     def tell_times(self) -> None:
         """Tell the caller's observer what the last attempt measured."""
@@ -418,12 +439,15 @@ class Attempts:
         return result, staged
 
     def first_wrong_edit(self) -> int:
-        """The number of the first edit after which the result is wrong, 0 for none.
+        """The number of the first edit after which the result is wrong.
 
-        To be asked after an attempt at all edits whose result was wrong; `history` then
-        ends with the edit that was found.
+        0 where it is wrong before the first. To be asked after an attempt at all edits
+        whose result was wrong; `history` then ends with the edit that was found.
         """
         good, bad = 0, len(self.history)
+        self.attempt(0)[1].discard()
+        if self.has_failed:
+            return 0
         while bad - good > 1:
             middle = (good + bad) // 2
             _, staged = self.attempt(middle)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -14,7 +16,7 @@ from onnx import helper
 
 from onnxopt.api import Attempts, Job, why
 from onnxopt.data.inputs import Feed
-from onnxopt.errors import SessionError, UsageError
+from onnxopt.errors import UsageError, WorkerError
 from onnxopt.model import Source
 from onnxopt.settings import Options
 from onnxopt.validation.judge import settle
@@ -69,8 +71,11 @@ def bisect(
     """
     if options.get("validate") is False:
         raise UsageError("bisect has to validate")
+    # Each edit is judged anyway, and the first wrong one must not end it.
+    options["verify_each"] = False
     job = Job.create(model, recipe, data, target, options)
     with job.attempts() as run:
+        run.tolerant = True
         run.attempt(options.get("bisect_limit"))[1].discard()
         edits = len(run.history)
         if not run.has_failed:
@@ -126,8 +131,8 @@ def _find(run: Attempts, question: Question, folder: Path) -> tuple[Found, Feed]
     for at in itertools.islice(numbered(feeds, hard=True), MAX_FEEDS):
         try:
             found = localise(question, at.feed, folder)
-        except SessionError:
-            continue  # a feed that one of them rejects
+        except WorkerError:
+            continue  # a feed that one of them rejects, or does not survive
         if found is not None:
             return found, at.feed
     return None
@@ -151,8 +156,16 @@ def _write_repro(found: Found, feed: Feed, question: Question, folder: Path) -> 
         write_part(path, {drift.value: drift.value}, kinds, target, shapes)
         made.append(str(target))
     target = folder / "feed.npz"
-    np.savez(target, **{name: given[name] for name in kinds})
+    _save_arrays(target, {name: given[name] for name in kinds})
     return [*made, str(target)]
+
+
+def _save_arrays(target: Path, arrays: Mapping[str, Any]) -> None:
+    """An .npz, as np.savez writes it, under any names ("file" is one)."""
+    with zipfile.ZipFile(target, "w") as file:
+        for name, array in arrays.items():
+            with file.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asanyarray(array))
 
 
 def _given(found: Found, feed: Feed, question: Question) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from onnx.helper import (
 from onnx.numpy_helper import from_array
 
 import onnxopt
+from onnxopt.blame import _save_arrays
 from onnxopt.cli import commands
 from onnxopt.edit import Edit
 from onnxopt.errors import UsageError
@@ -242,3 +243,48 @@ def test_rollback_keeps_to_the_bisect_limit(model: Path) -> None:
     made = {entry.name: entry.edits for entry in result.report.passes}
     assert made == {"weights-anew": LAYERS, "spoil": 4}
     assert any("edit" in note and "conv1" in note for note in result.report.notes)
+
+
+def test_a_model_that_is_wrong_anyway_has_no_culprit(model: Path, tmp_path: Path) -> None:
+    script = tmp_path / "metric.py"
+    script.write_text("def nan(run):\n    return float('nan')\n")
+    found = onnxopt.bisect(model, passes=[Rename()], metric=f"{script}:nan", max_drop=0.1)
+    assert found.reason is not None
+    assert found.culprit is None
+    assert found.edits == LAYERS
+
+
+@dataclass(frozen=True)
+class Endless(Pass):
+    """The edit after which a run takes all memory there is."""
+
+    name: ClassVar[str] = "endless"
+    guarantee: ClassVar[Guarantee] = "equivalent"
+
+    def run(self, graph: GraphView, context: Context) -> None:
+        node = next(node for node in graph.nodes() if node.name == "relu2")
+        if node.input[0] == "c2":
+            edit = Edit(graph, node)
+            times = edit.add_weight(np.array([1, 1, 4096, 4096]), "times")
+            (large,) = edit.insert("Tile", ["c2", times])
+            edit.set_input(node, 0, large)
+            graph.apply(edit, "a large value")
+
+
+def test_an_edit_that_takes_all_memory_is_blamed_and_rolled_back(model: Path) -> None:
+    options: Any = {"passes": [Rename(), Endless()], "memory_limit": 1 << 30}
+    found = onnxopt.bisect(model, **options)
+    assert found.culprit is not None
+    assert (found.culprit.name, found.culprit.node) == ("endless", "relu2")
+    assert "GiB at once" in (found.reason or "")
+    result = onnxopt.optimize(model, on_failure="rollback", **options)
+    assert [entry.edits for entry in result.report.passes] == [LAYERS, 0]
+
+
+def test_any_name_can_be_in_a_repro(tmp_path: Path) -> None:
+    _save_arrays(tmp_path / "feed.npz", {"file": np.ones(2), "allow_pickle": np.zeros(3)})
+    with np.load(tmp_path / "feed.npz") as found:
+        assert {name: found[name].shape for name in found.files} == {
+            "file": (2,),
+            "allow_pickle": (3,),
+        }

@@ -341,3 +341,23 @@ def test_no_variance_at_all_is_met(tmp_path: Path) -> None:
     verdict = judged(tmp_path, model(1e-6), model(0.0))
     assert verdict.status == "failed"
     assert "hard case 'constant'" in (verdict.reason or "")
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("y = Abs (i)", "y = Identity (i)"),
+        ("c = Cast <to = 3> (i) \n y = Cast <to = 7> (c)", "y = Identity (i)"),
+        ("y = Mod <fmod = 0> (i, three)", "y = Mod <fmod = 1> (i, three)"),
+    ],
+    ids=["negative", "more-than-a-byte", "sign-of-a-remainder"],
+)
+def test_integers_of_which_nothing_is_known_go_far(
+    tmp_path: Path, right: str, wrong: str
+) -> None:
+    one, two = (
+        parsed(f"g (int64[N, 8] i) => (int64[N, 8] y) {{ {body} }}", three=np.array(3))
+        for body in (right, wrong)
+    )
+    assert judged(tmp_path, one, one).status == "passed"
+    assert judged(tmp_path, one, two).status == "failed"

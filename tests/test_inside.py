@@ -276,11 +276,12 @@ def test_a_part_makes_its_end_from_what_is_given(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("right", "own", "expected"),
     [
-        (np.float32([1, 2]), np.float32([1, 2.5]), np.float32([1, 2 + GAIN / 2])),
+        (np.float32([1, 2]), np.float32([1, 2.5]), np.float32([1, 4])),
         (np.int8([1, 100]), np.int8([1, 101]), np.int8([1, 127])),
+        (np.float32([0, 1000]), np.float32([0, 1001]), np.float32([0, 1000 + GAIN])),
         (np.array([True, False]), np.array([True, True]), np.array([True, True])),
-        (np.float32([1, np.inf]), np.float32([2, 3]), np.float32([1 + GAIN, 3])),
-        (np.int64([0, 5]), np.int64([0, 4]), np.int64([0, 5 - GAIN])),
+        (np.float32([1, np.inf]), np.float32([2, 3]), np.float32([2, 3])),
+        (np.int64([0, 5]), np.int64([0, 4]), np.int64([0, 0])),
     ],
 )
 def test_errors_are_enlarged_within_their_type(
@@ -289,3 +290,63 @@ def test_errors_are_enlarged_within_their_type(
     found = amplified(right, own)
     assert found.dtype == right.dtype
     assert np.array_equal(found, expected)
+
+
+def called(epsilon: float, weight: float = 1.0) -> onnx.ModelProto:
+    """A function that calls another, from inside a branch."""
+    model = parsed(
+        """g (float[N, 4] x, bool f) => (float[N, 4] y) {
+          y = If (f) <then_branch = t () => (float[N, 4] p) { p = Abs (x) },
+                      else_branch = e () => (float[N, 4] q) { q = Neg (x) }>
+        }"""
+    )
+    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("own", 1)]
+    scale = numpy_helper.from_array(np.full(4, weight, np.float32))
+    nodes = [
+        onnx.helper.make_node("Constant", [], ["w"], value=scale),
+        onnx.helper.make_node("LayerNormalization", ["a", "w"], ["b"], epsilon=epsilon),
+    ]
+    inner = onnx.helper.make_function("own", "Norm", ["a"], ["b"], nodes, opsets[:1])
+    call = onnx.helper.make_node("Norm", ["a"], ["b"], domain="own")
+    outer = onnx.helper.make_function("own", "Outer", ["a"], ["b"], [call], opsets)
+    model.functions.extend([inner, outer])
+    model.opset_import.append(opsets[1])
+    branch = model.graph.node[0].attribute[1].g.node[0]
+    branch.op_type, branch.domain = "Outer", "own"
+    return model
+
+
+def test_functions_of_functions_are_looked_at(tmp_path: Path) -> None:
+    assert differing(tmp_path, called(1e-5), called(1e-5)) == []
+    assert differing(tmp_path, called(1e-5), called(1e-4)) == ["y"]
+    assert differing(tmp_path, called(1e-5), called(1e-5, 2.0)) == ["y"]
+
+
+def renamed(model: onnx.ModelProto, names: dict[str, str]) -> onnx.ModelProto:
+    other = copy.deepcopy(model)
+    for node in other.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+    return other
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"a": "b", "b": "c", "c": "d", "d": "e"},
+        {"a": "c", "c": "a"},
+        {"a": "b", "b": "a"},
+        {"b": "d", "c": "b", "d": "c"},
+    ],
+    ids=["shifted", "swapped", "idempotent", "turned"],
+)
+def test_names_given_anew_are_no_errors(tmp_path: Path, names: dict[str, str]) -> None:
+    verdict = validated(tmp_path, layers(), renamed(layers(), names))
+    assert verdict.status == "passed", verdict.reason
+
+
+def test_a_name_that_nothing_reads_is_no_error(tmp_path: Path) -> None:
+    other = renamed(layers(), {"a": "new"})
+    other.graph.node.append(onnx.helper.make_node("Neg", ["x"], ["a"]))
+    verdict = validated(tmp_path, layers(), other)
+    assert verdict.status == "passed", verdict.reason

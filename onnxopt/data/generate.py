@@ -59,6 +59,10 @@ _POSITION = re.compile(r"position", re.IGNORECASE)
 _LENGTH = re.compile(r"len(gth)?s?$", re.IGNORECASE)
 _SUM = re.compile(r"\s*(\w+)\s*([-+*])\s*(\w+)\s*")
 _DEFAULT_BOUND = 10
+# Integers of which nothing is known, in turn: small ones, pixels, signed ones, and more
+# than a byte holds. Few at a time may be sizes, and stay small.
+_WIDE_RANGES = ((0, _DEFAULT_BOUND), (0, 256), (-128, 128), (-300, 301))
+_FEW = 4
 _KINDS = 4
 """Kinds of float values, see `_floats`."""
 _RANK_IF_OPEN = 2
@@ -419,6 +423,7 @@ def _value(feeds: GeneratedFeeds, spec: InputSpec, index: int, binding: Binding)
         spec=spec,
         bound=_bound(feeds.bounds.get(spec.name, ()), binding),
         telling=feeds.telling.get(spec.name, ()) if attempt < BLAND_ATTEMPT else (),
+        wide=attempt < BLAND_ATTEMPT,
         index=index,
     )
     if spec.kind.endswith("sequence"):
@@ -445,6 +450,7 @@ class _Maker:
     spec: InputSpec
     bound: int | None
     telling: Sequence[float]
+    wide: bool
     index: int
 
     def array(self, shape: tuple[int, ...]) -> np.ndarray:
@@ -473,6 +479,9 @@ class _Maker:
             steps = np.arange(shape[-1]) % (bound or max(shape[-1], 1))
             return np.broadcast_to(steps, shape).astype(spec.dtype)
         low, high = 0, bound or _DEFAULT_BOUND
+        if bound is None and self.wide and math.prod(shape) > _FEW:
+            low, high = _WIDE_RANGES[self.index % len(_WIDE_RANGES)]
+            low = max(low, _limits(spec)[0])
         if bound is None and spec.dtype.itemsize == 1:
             low, high = _limits(spec)[0], _limits(spec)[1] + 1
         if bound is None and _LENGTH.search(spec.name):

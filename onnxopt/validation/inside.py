@@ -6,8 +6,9 @@ differently (see `segments`) is made by both models from the same values, those 
 reference, and judged at the noise floor of that one segment. What is off by itself is
 wrong if
 
-- the candidate goes right from there when it is given the reference's value, so that
-  the name stands for the same thing in both, and
+- the name stands for the same thing in both: the same values begin with it, given the
+  reference's value the candidate goes right from there, and given another it does what
+  the reference does, and
 - the outputs see the error: a multiple of it moves them beyond their own bound.
 """
 
@@ -57,7 +58,10 @@ SEEN = 1e-4
 """An enlarged error counts from this part of the largest output on: itself 4e-7."""
 _STEPS = 4
 _WIDE = 1e-2
+# Outputs of both models that were moved a long way may differ by this part.
+_RESPONSE = 1e-2
 Meaning = Literal["wrong"] | set[str]
+Response = Literal["seen", "unseen", "another"]
 Bounds = Mapping[str, float]
 _JUMPS = {"ArgMax", "ArgMin", "Ceil", "Floor", "NonMaxSuppression", "Round", "Sign"}
 _JUMPS |= {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "TopK"}
@@ -378,12 +382,22 @@ class Inside:
         """
         if name in self.two.outputs:
             return "wrong"
+        if not self._is_read_alike(name):
+            return {name}
         if bounds is None or max(bounds.values(), default=0.0) > _WIDE:
             return self._followed(name, off)
         if not self._is_same(name, bounds):
             return self._with_followers(name, bounds)
-        seen = any(self._is_seen(feed, name, bounds) for feed in self.feeds)
-        return "wrong" if seen else set()
+        found = {self._response(feed, name, bounds) for feed in self.feeds}
+        if "another" in found:
+            return {name}
+        return "wrong" if "seen" in found else set()
+
+    def _is_read_alike(self, name: str) -> bool:
+        """Whether the same values begin with value `name` in both models."""
+        start, common = set(self.common), set(self.common)
+        one, two = (t.readers({name}, start) & common for t in (self.one, self.two))
+        return one == two
 
     def _followed(self, name: str, off: set[str]) -> Meaning:
         """By whether the error is still there some values on.
@@ -435,17 +449,27 @@ class Inside:
             found.update(front)
         return found
 
-    def _is_seen(self, feed: Feed, name: str, bounds: Bounds) -> bool:
-        """Whether outputs move when the error is made larger, more than by rounding."""
+    def _response(self, feed: Feed, name: str, bounds: Bounds) -> Response:
+        """What outputs do when the error is made larger, more than by rounding.
+
+        "another" where those of the candidate do not do the same.
+        """
         right, own = self._right_and_own(feed, name)
+        larger = amplified(right, own)
         expected, moved, still = (
             self._rest(
                 self.one, self.workers.reference, name, feed | {name: value}, bounds
             )
-            for value in (right, amplified(right, own), _moved(right))
+            for value in (right, larger, _moved(right, enlargement(right, own)))
         )
+        held = feed | {name: larger}
+        other = self._rest(self.two, self.workers.candidate, name, held, bounds)
         more, usual = _apart(expected, moved), _apart(expected, still)
-        return any(more[o] > max(SEEN, FACTOR * usual[o]) for o in bounds)
+        if not any(more[o] > max(SEEN, FACTOR * usual[o]) for o in bounds):
+            return "unseen"
+        apart = _apart(moved, other)
+        same = all(apart[o] <= max(FACTOR * bounds[o], _RESPONSE) for o in bounds)
+        return "seen" if same else "another"
 
     def _rest(
         self, taps: TapModel, worker: Worker, name: str, held: Feed, outputs: Bounds
@@ -484,16 +508,18 @@ def judge_pair(
 
 
 def amplified(right: Any, own: Any) -> Any:
-    """The right value with the error of the other, `GAIN` times as large.
+    """The right value with the error of the other, enlarged.
 
-    Integers stay in the range of their type. Values that are not finite, truth values
-    and strings have no larger error: they are those of the other.
+    `GAIN` times, or until it is as large as the value itself. Integers stay in the range
+    of their type. Values that are not finite, truth values and strings have no larger
+    error: they are those of the other.
     """
     if right.dtype.kind not in "fiu":
         return own
+    gain = enlargement(right, own)
     with np.errstate(over="ignore", invalid="ignore"):
         error = own.astype(np.float64) - right.astype(np.float64)
-        larger = np.where(error == 0, 0, GAIN * error) + right.astype(np.float64)
+        larger = np.where(error == 0, 0, gain * error) + right.astype(np.float64)
     if right.dtype.kind in "iu":
         limits = np.iinfo(right.dtype)
         low, high = float(limits.min), float(limits.max)
@@ -503,9 +529,20 @@ def amplified(right: Any, own: Any) -> Any:
     return np.where(np.isfinite(larger), larger, own).astype(right.dtype)
 
 
-def _moved(value: Any) -> Any:
-    """The value with rounding noise, as many times as large as errors are made."""
-    moved: Any = noise.moved_feed({"": value}, int(GAIN), 0)[""]
+def enlargement(right: Any, own: Any) -> float:
+    """From 1 to `GAIN`: how many times an error fits into the value."""
+    if right.dtype.kind not in "fiu":
+        return 1.0
+    one, two = right.astype(np.float64), own.astype(np.float64)
+    finite = np.isfinite(one) & np.isfinite(two)
+    scale = float(np.abs(one[finite]).max(initial=0.0))
+    error = float(np.abs(two[finite] - one[finite]).max(initial=0.0))
+    return min(GAIN, max(1.0, scale / error)) if error else GAIN
+
+
+def _moved(value: Any, gain: float) -> Any:
+    """The value with rounding noise, as many times as large as an error is made."""
+    moved: Any = noise.moved_feed({"": value}, max(1, int(gain)), 0)[""]
     return moved
 
 

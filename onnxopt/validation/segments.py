@@ -15,8 +15,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator
 
-from onnx import AttributeProto, NodeProto, TensorProto
+from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto
 
+from onnxopt import attributes
 from onnxopt.validation.taps import TapModel
 from onnxopt.weights import attribute_tensors
 
@@ -78,6 +79,7 @@ class _Signatures:
         self.functions = {
             (f.domain, f.name, f.overload): f for f in taps.model.proto.functions
         }
+        self.bodies: dict[tuple[str, str, str], bytes] = {}
         self.made: dict[str, bytes] = {}
         for node in taps.nodes:
             whole = self._node(node)
@@ -87,15 +89,44 @@ class _Signatures:
     def _node(self, node: NodeProto) -> bytes:
         version = self.graph.opset(node.domain)
         parts = [f"{node.domain or 'ai.onnx'}:{node.op_type}:{node.overload}:{version}"]
-        function = self.functions.get((node.domain, node.op_type, node.overload))
         return _digest(
             *(part.encode() for part in parts),
-            b"" if function is None else function.SerializeToString(deterministic=True),
+            b"calls",
+            *self._calls(node),
             *(self._attribute(a) for a in sorted(node.attribute, key=lambda a: a.name)),
             b"inputs",
             *(self._value(name) for name in node.input),
             b"captures",
             *(self._value(name) for name in sorted(self._captures(node))),
+        )
+
+    def _calls(self, node: NodeProto) -> Iterator[bytes]:
+        """The functions that a node calls, or what is inside it, each with its own."""
+        for inner in attributes.nodes_in([node]):
+            key = (inner.domain, inner.op_type, inner.overload)
+            if key in self.functions:
+                yield self._function(key)
+
+    def _function(self, key: tuple[str, str, str]) -> bytes:
+        if key not in self.bodies:
+            self.bodies[key] = b""  # a function cannot call itself
+            function = self.functions[key]
+            bare = FunctionProto.FromString(function.SerializeToString())
+            del bare.node[:], bare.attribute_proto[:]
+            self.bodies[key] = _digest(
+                bare.SerializeToString(deterministic=True),
+                *map(self._attribute, function.attribute_proto),
+                *(self._body_node(node) for node in function.node),
+            )
+        return self.bodies[key]
+
+    def _body_node(self, node: NodeProto) -> bytes:
+        bare = NodeProto.FromString(node.SerializeToString())
+        del bare.attribute[:]
+        return _digest(
+            bare.SerializeToString(deterministic=True),
+            *map(self._attribute, node.attribute),
+            *self._calls(node),
         )
 
     def _captures(self, node: NodeProto) -> Iterator[str]:
