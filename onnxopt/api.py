@@ -278,7 +278,8 @@ class Attempts:
 
     `history`: the edits of the last one; `times`: what its verdict measured, where
     asked for; `forbidden`: edits that are not made. Where `tolerant`, a result that
-    crashes its worker, hangs or takes all memory is wrong as any other.
+    crashes its worker, hangs or takes all memory is wrong as any other. `starts_right`:
+    whether the result without any edit is known to be right.
     """
 
     job: Job
@@ -293,6 +294,7 @@ class Attempts:
     times: list[ProviderTime] = field(default_factory=list)
     forbidden: frozenset[Edited] = frozenset()
     tolerant: bool = False
+    starts_right: bool = False
 
     @property
     def has_failed(self) -> bool:
@@ -445,9 +447,11 @@ class Attempts:
         whose result was wrong; `history` then ends with the edit that was found.
         """
         good, bad = 0, len(self.history)
-        self.attempt(0)[1].discard()
-        if self.has_failed:
-            return 0
+        if not self.starts_right:
+            self.attempt(0)[1].discard()
+            if self.has_failed:
+                return 0
+            self.starts_right = True
         while bad - good > 1:
             middle = (good + bad) // 2
             _, staged = self.attempt(middle)

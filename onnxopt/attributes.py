@@ -52,6 +52,16 @@ def nodes_in(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
             yield from nodes_in(graph.node)
 
 
+def reads(node: NodeProto) -> Iterator[str]:
+    """Names that a node reads, in its subgraphs too, as inputs and as their outputs."""
+    yield from node.input
+    for _, graph in subgraphs(node) if node.attribute else ():
+        for inner in graph.node:
+            yield from reads(inner)
+        for output in graph.output:
+            yield output.name
+
+
 def subgraphs(node: NodeProto) -> Iterator[tuple[str, GraphProto]]:
     """The graphs in a node's attributes, each with a label such as `then_branch`."""
     for attribute in node.attribute:

@@ -21,7 +21,7 @@ from onnxopt.model import Source
 from onnxopt.settings import Options
 from onnxopt.validation.judge import settle
 from onnxopt.validation.localise import Drift, Found, localise
-from onnxopt.validation.samples import numbered
+from onnxopt.validation.samples import numbered, run_once
 from onnxopt.validation.taps import TapModel, write_part
 from onnxopt.validation.verdict import Question, Verdict
 
@@ -176,17 +176,15 @@ def _given(found: Found, feed: Feed, question: Question) -> dict[str, Any]:
         parts = [taps.cut(start, [found.drift.value])[1] for taps in (one, two)]
         needed = parts[0] | parts[1]
         inner = sorted(needed & set(found.drift.after))
+        if not inner:
+            return {name: feed[name] for name in feed if name in needed}
         with (
             tempfile.TemporaryDirectory(prefix="onnxopt-") as folder,
             question.worker() as worker,
         ):
-            shown = one.write(inner, Path(folder) / "taps.onnx") if inner else None
-            values = {}
-            if shown is not None:
-                session = worker.load(shown, question.spec("cpu", "disable_all"))
-                wanted = {value.name for value in session.inputs}
-                own = {name: value for name, value in feed.items() if name in wanted}
-                values = session.run(own, inner)
+            shown = one.write(inner, Path(folder) / "taps.onnx")
+            spec = question.spec("cpu", "disable_all")
+            values = run_once(worker, shown, spec, feed, inner)
         return {n: feed[n] for n in feed if n in needed} | values
     finally:
         one.close()

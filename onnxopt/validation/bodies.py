@@ -20,6 +20,9 @@ from onnxopt import attributes
 from onnxopt.save import stage
 from onnxopt.validation.taps import TapModel
 
+OPENED = {"If", "Loop"}
+"""Operators whose body can be opened."""
+
 
 def body_name(node: NodeProto, condition: bool) -> str | None:
     """The attribute that holds the body run first; None where nothing can be opened."""

@@ -144,7 +144,9 @@ def _depth_first(nodes: Sequence[NodeProto]) -> list[int]:
     From the ends of the graph backwards, so that a branch is done before the next.
     """
     maker = {name: i for i, node in enumerate(nodes) for name in node.output if name}
-    before = [sorted({maker[n] for n in _reads(node) if n in maker}) for node in nodes]
+    before = [
+        sorted({maker[n] for n in attributes.reads(node) if n in maker}) for node in nodes
+    ]
     read = {index for sources in before for index in sources}
     stack = [(index, False) for index in range(len(nodes)) if index not in read]
     order: list[int] = []
@@ -167,7 +169,7 @@ def _peak_of(
     alive: dict[str, int] = {}
     total = most = 0
     for index, node in enumerate(nodes):
-        dying = [n for n in dict.fromkeys(_reads(node)) if last.get(n) == index]
+        dying = [n for n in dict.fromkeys(attributes.reads(node)) if last.get(n) == index]
         made = {name: size.get(name, 0) for name in node.output if name}
         if node.op_type in _VIEWS:
             # It takes over what its input holds, which is nothing if others read that.
@@ -194,19 +196,8 @@ def _reused(made: Mapping[str, int], dying: list[int]) -> int:
 
 def _last_reads(nodes: Sequence[NodeProto], ends: Sequence[str]) -> dict[str, int]:
     """The last node that reads each value; outputs of the graph live on."""
-    last = {n: i for i, node in enumerate(nodes) for n in _reads(node)}
+    last = {n: i for i, node in enumerate(nodes) for n in attributes.reads(node)}
     return last | dict.fromkeys(ends, len(nodes))
-
-
-def _reads(node: NodeProto) -> list[str]:
-    """Names that a node reads, those that its subgraphs capture included."""
-    if not node.attribute:
-        return list(node.input)
-    inner = (
-        n for _, g in attributes.subgraphs(node) for n in attributes.nodes_in(g.node)
-    )
-    outs = (v.name for _, g in attributes.subgraphs(node) for v in g.output)
-    return [*node.input, *(name for n in inner for name in n.input), *outs]
 
 
 def _sizes(graph: GraphProto) -> dict[str, int]:

@@ -36,7 +36,7 @@ from onnxopt.validation import noise
 from onnxopt.validation.check import LevelCheck
 from onnxopt.validation.metrics import Difference, compare
 from onnxopt.validation.rules import FACTOR, Floor
-from onnxopt.validation.samples import blamed
+from onnxopt.validation.samples import blamed, run_once
 from onnxopt.validation.segments import (
     common_values,
     known_difference,
@@ -89,7 +89,7 @@ def judge_inside(
     """Add a check of the inner values, where the outputs alone found nothing wrong."""
     question = verdict.question
     rules = question.rules(moved.facts, provider, LEVELS[0])
-    outer = _passed(verdict, provider)
+    outer = verdict.passed(provider)
     if outer is None or any(check.status == "failed" for check in verdict.checks):
         return
     if not is_cpu(provider) or not isinstance(rules[0], Floor):
@@ -113,13 +113,6 @@ def judge_inside(
         )
         name = f"{provider}, inner values"
         verdict.checks.append(Check(name, LEVELS[0], "failed", reason, [wrong]))
-
-
-def _passed(verdict: Verdict, provider: str) -> Check | None:
-    """The provider's own check at disable_all, where it found nothing."""
-    wanted = (provider, LEVELS[0], "passed")
-    found = (c for c in verdict.checks if (c.provider, c.level, c.status) == wanted)
-    return next(found, None)
 
 
 class Kept(NamedTuple):
@@ -148,6 +141,7 @@ class Inside:
         self.suspected: list[str] = []
         self.limit = CHUNK_BYTES // max(1, len(self.feeds))
         self._kept: dict[tuple[Path, int | None], Kept] = {}
+        self._expected: dict[int, dict[str, Any]] = {}
 
     def close(self) -> None:
         """Close the files that it reads from."""
@@ -281,13 +275,7 @@ class Inside:
     ) -> dict[str, Any]:
         side = "reference" if worker is self.workers.reference else "candidate"
         with blamed(side):
-            session = worker.load(path, self.spec)
-            wanted = {value.name for value in session.inputs}
-            given = {name: value for name, value in feed.items() if name in wanted}
-            try:
-                return session.run(given, list(names))
-            finally:
-                session.close()
+            return run_once(worker, path, self.spec, feed, names)
 
     # ---- each by itself ----
 
@@ -431,7 +419,7 @@ class Inside:
 
     def _is_same_on(self, feed: Feed, name: str, bounds: Bounds) -> bool:
         held = self._with_inner(feed, [name])
-        expected = self._rest(self.one, self.workers.reference, name, held, bounds)
+        expected = self._outputs(feed, bounds)
         swapped = self._rest(self.two, self.workers.candidate, name, held, bounds)
         apart = _apart(expected, swapped)
         return all(apart[output] <= bound for output, bound in bounds.items())
@@ -456,11 +444,12 @@ class Inside:
         """
         right, own = self._right_and_own(feed, name)
         larger = amplified(right, own)
-        expected, moved, still = (
+        expected = self._outputs(feed, bounds)
+        moved, still = (
             self._rest(
                 self.one, self.workers.reference, name, feed | {name: value}, bounds
             )
-            for value in (right, larger, _moved(right, enlargement(right, own)))
+            for value in (larger, _moved(right, enlargement(right, own)))
         )
         held = feed | {name: larger}
         other = self._rest(self.two, self.workers.candidate, name, held, bounds)
@@ -470,6 +459,14 @@ class Inside:
         apart = _apart(moved, other)
         same = all(apart[o] <= max(FACTOR * bounds[o], _RESPONSE) for o in bounds)
         return "seen" if same else "another"
+
+    def _outputs(self, feed: Feed, outputs: Bounds) -> dict[str, Any]:
+        """The reference's own outputs on one of the feeds; they are kept."""
+        at = next(i for i, own in enumerate(self.feeds) if own is feed)
+        if at not in self._expected:
+            left, path = self.workers.reference, self.question.reference
+            self._expected[at] = self._run(left, path, feed, list(outputs))
+        return self._expected[at]
 
     def _rest(
         self, taps: TapModel, worker: Worker, name: str, held: Feed, outputs: Bounds

@@ -21,15 +21,16 @@ import numpy as np
 
 from onnxopt.data.inputs import Feed
 from onnxopt.errors import SessionError
-from onnxopt.report import Check, Metric, OutputCheck
+from onnxopt.report import Check, OutputCheck
 from onnxopt.runtime import Worker
-from onnxopt.validation.bodies import body_name, write_body
+from onnxopt.validation.bodies import OPENED, body_name, write_body
 from onnxopt.validation.inside import CHUNK_BYTES, GivenFeeds, Inside, judge_pair
 from onnxopt.validation.metrics import compare
 from onnxopt.validation.ordering import is_comparable, is_misordered
+from onnxopt.validation.rules import Outcome
 from onnxopt.validation.taps import TapModel
-from onnxopt.validation.ties import find_search
-from onnxopt.validation.verdict import Question, Workers
+from onnxopt.validation.ties import find_search, producers_of
+from onnxopt.validation.verdict import Question, Workers, output_check
 
 MAX_DEPTH = 4
 """Subgraphs within subgraphs that are opened."""
@@ -139,8 +140,9 @@ def _first_misordered(inside: Inside) -> OutputCheck | None:
     """The first indices that are equal, and chosen from values of another order."""
     one, two = inside.one, inside.two
     feed = inside.feeds[0]
+    makers = producers_of(one.model.proto), producers_of(two.model.proto)
     for name in inside.suspected:
-        left, right = (find_search(taps.model.proto, name) for taps in (one, two))
+        left, right = (find_search(made, name) for made in makers)
         if not left or not right or left.kind != right.kind:
             continue
         if left.source not in one.order or right.source not in two.order:
@@ -168,20 +170,7 @@ def _first_unlike(inside: Inside, name: str | None = None) -> OutputCheck | None
 
 def _without_numbers(name: str, reason: str) -> OutputCheck:
     """A value that is wrong, where no distance tells by how much."""
-    nothing = Metric(None, None)
-    return OutputCheck(
-        name=name,
-        dtype="",
-        status="failed",
-        reason=reason,
-        bound=None,
-        max_abs=nothing,
-        max_rel=nothing,
-        p99_abs=nothing,
-        cosine=nothing,
-        sqnr_db=nothing,
-        top1_agreement=None,
-    )
+    return output_check(name, (), Outcome(reason, None), False)
 
 
 def _judge_taps(inside: Inside, names: list[str]) -> list[Check]:
@@ -237,6 +226,8 @@ def _opened(
     depth: int,
 ) -> Found | None:
     """The same search in the body of the node that was found, if it has one."""
+    if found.drift.op not in OPENED:
+        return None
     attribute = _body_taken(question, workers, feed, found.drift.value)
     if attribute is None:
         return None

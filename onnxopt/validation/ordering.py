@@ -27,7 +27,7 @@ from onnxopt.runtime import Session
 from onnxopt.validation import noise
 from onnxopt.validation.rules import Floor
 from onnxopt.validation.samples import blamed
-from onnxopt.validation.ties import Search, find_search, tapped
+from onnxopt.validation.ties import Search, find_search, producers_of, tapped
 from onnxopt.validation.verdict import LEVELS, Question, Verdict, Workers
 
 CLEARLY = 1e-3
@@ -70,8 +70,9 @@ def _searches(question: Question) -> dict[str, tuple[Search, Search]]:
         for path in (question.reference, question.candidate)
     )
     found = {}
+    makers = producers_of(one), producers_of(two)
     for output in one.graph.output:
-        left, right = (find_search(model, output.name) for model in (one, two))
+        left, right = (find_search(made, output.name) for made in makers)
         if left and right and left.kind == right.kind:
             found[output.name] = (left, right)
     return found

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from onnxopt.data.generate import GeneratedFeeds
 from onnxopt.data.inputs import Feed, Feeds
 from onnxopt.errors import WorkerError
+from onnxopt.runtime import SessionSpec, Worker
 from onnxopt.validation.hard import HARD_CASES, UNIFORM_CASES, Ranges, hard_feed
 from onnxopt.validation.metrics import compare
 from onnxopt.validation.rules import Rule, Sample
@@ -79,6 +82,19 @@ def _ranges(feeds: Feeds, index: int) -> Ranges:
         return {}
     known = {spec.name: feeds.range_of(spec, index) for spec in feeds.inputs}
     return {name: both for name, both in known.items() if both is not None}
+
+
+def run_once(
+    worker: Worker, path: Path, spec: SessionSpec, feed: Feed, names: Sequence[str]
+) -> dict[str, Any]:
+    """Some outputs of a model on what it takes of a feed. Raises WorkerError."""
+    session = worker.load(path, spec)
+    wanted = {value.name for value in session.inputs}
+    given = {name: value for name, value in feed.items() if name in wanted}
+    try:
+        return session.run(given, names)
+    finally:
+        session.close()
 
 
 def samples_of(

@@ -30,7 +30,7 @@ def judge_unrounded(
     rules = question.rules(facts, provider, LEVELS[0])
     if not facts.quantized or not any(isinstance(rule, Floor) for rule in rules):
         return
-    if _is_large(question, facts) or not _passed(verdict, provider):
+    if _is_large(question, facts) or verdict.passed(provider) is None:
         return
     folder = moved.folder / f"unrounded-{len(verdict.checks)}"
     folder.mkdir()
@@ -51,14 +51,6 @@ def _is_large(question: Question, facts: noise.Facts) -> bool:
     path = question.candidate
     candidate = noise.facts(onnx.load(path, load_external_data=False), path)
     return max(facts.size, candidate.size) > noise.WEIGHT_LIMIT
-
-
-def _passed(verdict: Verdict, provider: str) -> bool:
-    """Whether the provider's own check at disable_all found nothing."""
-    return any(
-        (check.provider, check.level, check.status) == (provider, LEVELS[0], "passed")
-        for check in verdict.checks
-    )
 
 
 def _smooth(question: Question, folder: Path) -> Question | None:

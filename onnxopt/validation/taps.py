@@ -70,7 +70,7 @@ class TapModel:
 
     def sources(self, node: NodeProto) -> set[str]:
         """The values that `node` reads, those read inside its subgraphs included."""
-        return set(_reads(node))
+        return set(attributes.reads(node))
 
     def followers(self, name: str) -> set[str]:
         """All values that depend on value `name`."""
@@ -179,16 +179,6 @@ class TapModel:
                 else:
                     stack.append(source)
         return [self.nodes[index] for index in sorted(chosen)], read
-
-
-def _reads(node: NodeProto) -> Iterator[str]:
-    """Names that a node reads, in its subgraphs too, as inputs and as their outputs."""
-    yield from node.input
-    for _, graph in attributes.subgraphs(node) if node.attribute else ():
-        for inner in graph.node:
-            yield from _reads(inner)
-        for output in graph.output:
-            yield output.name
 
 
 def write_part(

@@ -11,7 +11,7 @@ noise of that tensor, the value that the reference's own index selects.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,9 +60,13 @@ class Search:
         return np.take_along_axis(source, shaped % source.shape[axis], axis).reshape(-1)
 
 
-def find_search(model: onnx.ModelProto, output: str) -> Search | None:
-    """The search that an output of the main graph comes from, if it does."""
-    producers = {name: node for node in model.graph.node for name in node.output}
+def producers_of(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    """Who makes each value of the main graph."""
+    return {name: node for node in model.graph.node for name in node.output}
+
+
+def find_search(producers: Mapping[str, onnx.NodeProto], output: str) -> Search | None:
+    """The search that a value of the main graph comes from, if it does."""
     node = producers.get(output)
     while node is not None and node.op_type in _CARRIERS:
         output = node.input[0]
@@ -100,7 +104,8 @@ class TieBreak:
     def forgiven(self, outputs: Iterable[str], wanted: set[int]) -> set[str]:
         """Outputs whose indices select equal values on all wanted feeds."""
         model = onnx.load(self.question.reference, load_external_data=False)
-        searches = {name: find_search(model, name) for name in outputs}
+        producers = producers_of(model)
+        searches = {name: find_search(producers, name) for name in outputs}
         found = {name: search for name, search in searches.items() if search}
         if not found:
             return set()

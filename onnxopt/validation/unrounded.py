@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from onnxopt.attributes import nodes_in
+from onnxopt import attributes
 
 # Nodes that only move elements of input 0 (of all inputs: Concat).
 _CARRIERS = {
@@ -98,13 +98,13 @@ class _Work:
         graph = self.model.graph
         names = {info.name for info in graph.input} - set(self.constants)
         for node in graph.node:
-            if names.intersection(_reads(node)):
+            if names.intersection(attributes.reads(node)):
                 names.update(node.output)
         return names
 
     def _follow(self, node: NodeProto) -> None:
         """Codes may be moved about, and are used for nothing else."""
-        used = [name in self.codes for name in _reads(node)]
+        used = [name in self.codes for name in attributes.reads(node)]
         if not any(used):
             return
         data = used if node.op_type == "Concat" else used[:1]
@@ -209,16 +209,6 @@ def _inner_nodes(model: onnx.ModelProto) -> Iterator[NodeProto]:
     for node in model.graph.node:
         for attribute in node.attribute:
             for graph in (attribute.g, *attribute.graphs):
-                yield from nodes_in(graph.node)
+                yield from attributes.nodes_in(graph.node)
     for function in model.functions:
-        yield from nodes_in(function.node)
-
-
-def _reads(node: NodeProto) -> list[str]:
-    """Names that a node reads, those that its subgraphs capture included."""
-    names = list(node.input)
-    for attribute in node.attribute:
-        for graph in (attribute.g, *attribute.graphs):
-            names += [name for inner in graph.node for name in _reads(inner)]
-            names += [output.name for output in graph.output]
-    return names
+        yield from attributes.nodes_in(function.node)

@@ -217,6 +217,12 @@ class Verdict:
         self.absent: set[str] = set()
         self.feeds = 0
 
+    def passed(self, provider: str) -> Check | None:
+        """The provider's own check at disable_all, where it found nothing."""
+        wanted = (provider, LEVELS[0], "passed")
+        found = (c for c in self.checks if (c.provider, c.level, c.status) == wanted)
+        return next(found, None)
+
     def note(self, text: str) -> None:
         """Add a note once."""
         if text not in self.notes:
