@@ -58,6 +58,19 @@ def evaluate(node: NodeProto, inputs: Inputs, opset: int) -> Array | None:
     return result if result.size <= MAX_ELEMENTS else None
 
 
+def move(node: NodeProto, inputs: Inputs, opset: int) -> Array | None:
+    """What an operator that only moves elements makes of arrays of objects; or None."""
+    if node.op_type not in ("Gather", "Slice"):
+        return None
+    rule = _RULES[node.op_type]
+    try:
+        # indices are numbers again
+        rest = [None if item is None else item.astype(np.int64) for item in inputs[1:]]
+        return np.asarray(rule(node, [inputs[0], *rest], opset), dtype=object)
+    except (Unsupported, ValueError, IndexError, TypeError):
+        return None
+
+
 def _require(condition: bool) -> None:
     if not condition:
         raise Unsupported

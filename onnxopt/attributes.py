@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from onnx import AttributeProto, GraphProto, NodeProto, helper
@@ -36,6 +36,26 @@ def get(node: NodeProto, name: str, default: Any = None) -> Any:
 def has_references(node: NodeProto) -> bool:
     """Whether an attribute stands for one of the enclosing function's attributes."""
     return any(attribute.ref_attr_name for attribute in node.attribute)
+
+
+def bound(node: NodeProto, given: Mapping[str, AttributeProto]) -> NodeProto:
+    """A node of a function body with the values of the attributes that it refers to.
+
+    A reference to an attribute that is not given means that there is none.
+    """
+    if not has_references(node):
+        return node
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    del copy.attribute[:]
+    for attribute in node.attribute:
+        value = given.get(attribute.ref_attr_name) if attribute.ref_attr_name else None
+        if value is None and attribute.ref_attr_name:
+            continue
+        kept = copy.attribute.add()
+        kept.CopyFrom(attribute if value is None else value)
+        kept.name = attribute.name
+    return copy
 
 
 def make(name: str, value: Any) -> AttributeProto:

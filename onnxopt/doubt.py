@@ -32,13 +32,18 @@ def hide(nodes: Iterable[NodeProto], initializers: Constants) -> None:
         value = constant_value(node)
         if value is not None:
             constants[node.output[0]] = value
-        doubtful = _DOUBTS.get(node.op_type)
-        if doubtful is not None and (
-            attributes.has_references(node) or doubtful(node, constants)
-        ):
+        if is_doubtful(node, constants):
             node.op_type = f"Doubtful{node.op_type}"
         elif node.op_type == "Cast":
             _hide_value(node)
+
+
+def is_doubtful(node: NodeProto, constants: Constants) -> bool:
+    """Whether the shape that ONNX infers for a node may be wrong."""
+    rule = _DOUBTS.get(node.op_type)
+    if rule is None:
+        return False
+    return attributes.has_references(node) or rule(node, constants)
 
 
 def _hide_value(node: NodeProto) -> None:

@@ -22,6 +22,7 @@ from onnxopt.weights import Array
 if TYPE_CHECKING:
     from onnxopt.edit import Edit
     from onnxopt.model import Model
+    from onnxopt.symbolic.fact import Fact
 
 Shape = tuple[int | str | None, ...]
 
@@ -185,22 +186,21 @@ class GraphView:
         return None if tensor is None else self.model.weights.array(tensor)
 
     def shape(self, name: str) -> Shape | None:
-        """The inferred dims of `name` (int, symbol, or None where unknown)."""
+        """The inferred dims of `name`: numbers, or texts, equal where the sizes are."""
         return self.model.shapes.shape(self, name)
 
     def dtype(self, name: str) -> int | None:
         """The inferred ONNX element type of `name`."""
         return self.model.shapes.dtype(self, name)
 
+    def fact(self, name: str) -> Fact:
+        """Type, dims (as polynomials) and, of small integers, the value of `name`."""
+        return self.model.shapes.fact(self, name)
+
     def same_shape(self, first: str, second: str) -> bool:
-        """Whether two values are known to have equal dims, symbols included."""
+        """Whether two values are known to have equal dims."""
         dims = self.shape(first)
-        if dims is None or dims != self.shape(second):
-            return False
-        return all(
-            isinstance(dim, int) or (dim and self.model.shapes.is_reliable(dim))
-            for dim in dims
-        )
+        return dims is not None and dims == self.shape(second)
 
     def precedes(self, first: NodeProto, second: NodeProto) -> bool:
         """Whether `first` stands before `second` in this scope's order."""

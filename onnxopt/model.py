@@ -147,6 +147,10 @@ class Model:
         """Whether `node` calls a model-local function."""
         return bool(self._functions) and _key(node) in self._functions
 
+    def function(self, node: NodeProto) -> FunctionProto | None:
+        """The model-local function that `node` calls; None where it calls none."""
+        return self._functions.get(_key(node)) if self._functions else None
+
     def is_pure(self, node: NodeProto) -> bool:
         """Whether running `node` has no effect but its outputs.
 

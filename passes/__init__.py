@@ -16,6 +16,7 @@ from onnxopt.passes.simplify.cse import ShareCommonSubexpressions
 from onnxopt.passes.simplify.dead_code import DeadCode
 from onnxopt.passes.simplify.fold_batch_norm import FoldBatchNorm
 from onnxopt.passes.simplify.fold_constants import FoldConstants
+from onnxopt.passes.simplify.fold_shapes import FoldShapes
 from onnxopt.passes.simplify.identity import RemoveIdentity
 from onnxopt.passes.simplify.no_op import RemoveNoOp
 from onnxopt.passes.simplify.reshape_chain import MergeReshapes
@@ -27,6 +28,7 @@ PASSES: dict[str, type[Pass]] = {
         RemoveIdentity,
         RemoveNoOp,
         FoldConstants,
+        FoldShapes,
         MergeReshapes,
         ShareCommonSubexpressions,
         FoldBatchNorm,
@@ -40,6 +42,7 @@ _SIMPLIFY = (
     "dead-code",
     "identity",
     "fold-constants",
+    "fold-shapes",
     "no-op",
     "reshape-chain",
     "cse",

@@ -114,7 +114,7 @@ def check_shapes(random: Random) -> None:
             dims = facts[name][0]
             assert dims is None or len(dims) == value.ndim, name
             for dim, size in zip(dims or (), value.shape, strict=bool(dims)):
-                if isinstance(dim, str) and model.shapes.is_reliable(dim):
+                if isinstance(dim, str):
                     dim = sizes.setdefault(dim, size)
                 assert not isinstance(dim, int) or dim == size, name
 

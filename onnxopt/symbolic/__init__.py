@@ -1,0 +1,1 @@
+"""Symbolic inference: types, dims and the values of shapes, with sizes as polynomials."""

@@ -1,0 +1,104 @@
+"""What inference knows of a value: its type, its dims, and small integers in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from onnx import NodeProto, TensorProto
+
+from onnxopt.symbolic.dim import Dim, Expr
+from onnxopt.weights import Array
+
+Dims = tuple[Dim, ...]
+Value = npt.NDArray[Any]
+"""An array of objects: each a Dim, or None where it is not known."""
+
+MAX_VALUE = 128
+"""Elements of the longest value that is followed: shapes are shorter."""
+
+FOLLOWED = (TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL)
+"""Types whose values are followed: sizes, indices, and comparisons of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """Of one value: ONNX element type (0: unknown), dims (None: unknown rank), value.
+
+    `value`, where there is one, has the rank and the sizes that `dims` says.
+    """
+
+    dtype: int = 0
+    dims: Dims | None = None
+    value: Value | None = None
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether something is known of its elements."""
+        return self.value is not None
+
+
+UNKNOWN = Fact()
+
+
+class Call(Protocol):
+    """One node, as a rule sees it."""
+
+    node: NodeProto
+    opset: int
+    inputs: list[Fact]
+
+    def has(self, slot: int) -> bool:
+        """Whether input `slot` is given."""
+        ...
+
+    def array(self, slot: int) -> Array | None:
+        """Input `slot` where it is a constant of at most MAX_VALUE elements."""
+        ...
+
+    def fresh(self, axis: int, slot: int = 0) -> Dim:
+        """A size of output `slot` of which nothing is known: one atom for each axis."""
+        ...
+
+
+def of_value(dtype: int, value: Value) -> Fact:
+    """A fact with the dims that its value has."""
+    return Fact(dtype, value.shape, value if value.size <= MAX_VALUE else None)
+
+
+def objects(array: Array) -> Value:
+    """The elements as Python integers."""
+    made = np.empty(array.shape, dtype=object)
+    made[...] = [] if not array.size else array.astype(object)
+    return made
+
+
+def vector(sizes: Dims) -> Value:
+    """A shape as a value, int64 [rank]."""
+    made = np.empty(len(sizes), dtype=object)
+    for index, size in enumerate(sizes):
+        made[index] = size
+    return made
+
+
+def integers(value: Value | None) -> list[int] | None:
+    """The elements in order where all are numbers; None where some is not."""
+    if value is None:
+        return None
+    flat: list[Any] = list(value.flat)
+    return None if any(not isinstance(item, int) for item in flat) else flat
+
+
+def numbers(dims: Dims | None) -> list[int] | None:
+    """Dims that are all numbers; None where some is not."""
+    if dims is None or any(not isinstance(size, int) for size in dims):
+        return None
+    return [size for size in dims if isinstance(size, int)]
+
+
+def is_symbolic(value: Value) -> bool:
+    """Whether all elements are known and some is no number."""
+    items = list(value.flat)
+    return None not in items and any(isinstance(item, Expr) for item in items)

@@ -1,0 +1,1 @@
+"""What each operator makes of the dims and small integers of its inputs."""
