@@ -18,8 +18,10 @@ from onnxopt.passes.simplify.fold_batch_norm import FoldBatchNorm
 from onnxopt.passes.simplify.fold_constants import FoldConstants
 from onnxopt.passes.simplify.fold_scale import FoldScale
 from onnxopt.passes.simplify.identity import RemoveIdentity
+from onnxopt.passes.simplify.matmul_to_gemm import MatMulToGemm
 from onnxopt.passes.simplify.no_op import RemoveNoOp
 from onnxopt.passes.simplify.reshape_chain import MergeReshapes
+from onnxopt.passes.simplify.transpose_into_gemm import TransposeIntoGemm
 
 PASSES: dict[str, type[Pass]] = {
     kind.name: kind
@@ -32,6 +34,8 @@ PASSES: dict[str, type[Pass]] = {
         ShareCommonSubexpressions,
         FoldBatchNorm,
         FoldScale,
+        MatMulToGemm,
+        TransposeIntoGemm,
         FoldQdqWeights,
         DeadLayers,
         ZeroChannels,
@@ -45,6 +49,8 @@ _SIMPLIFY = (
     "no-op",
     "reshape-chain",
     "cse",
+    "matmul-to-gemm",
+    "transpose-into-gemm",
     "fold-batch-norm",
     "fold-scale",
 )
