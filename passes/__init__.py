@@ -16,6 +16,7 @@ from onnxopt.passes.simplify.cse import ShareCommonSubexpressions
 from onnxopt.passes.simplify.dead_code import DeadCode
 from onnxopt.passes.simplify.fold_batch_norm import FoldBatchNorm
 from onnxopt.passes.simplify.fold_constants import FoldConstants
+from onnxopt.passes.simplify.fold_pad import FoldPad
 from onnxopt.passes.simplify.fold_scale import FoldScale
 from onnxopt.passes.simplify.identity import RemoveIdentity
 from onnxopt.passes.simplify.matmul_to_gemm import MatMulToGemm
@@ -33,6 +34,7 @@ PASSES: dict[str, type[Pass]] = {
         MergeReshapes,
         ShareCommonSubexpressions,
         FoldBatchNorm,
+        FoldPad,
         FoldScale,
         MatMulToGemm,
         TransposeIntoGemm,
@@ -51,6 +53,7 @@ _SIMPLIFY = (
     "cse",
     "matmul-to-gemm",
     "transpose-into-gemm",
+    "fold-pad",
     "fold-batch-norm",
     "fold-scale",
 )

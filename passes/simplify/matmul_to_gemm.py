@@ -5,7 +5,8 @@
 
 1. Both factors are of rank 2, and of a float type that Gemm has.
 2. c broadcasts to the product, and does not broadcast it.
-3. The product has no other reader. From opset 7 on: a Gemm before broadcasts by attribute.
+3. The product has no other reader. From opset 7 on: before, a Gemm broadcasts by
+   attribute.
 """
 
 from __future__ import annotations
