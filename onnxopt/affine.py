@@ -81,7 +81,8 @@ class Affine:
                 case "Mul":
                     return values, zero
                 case "Div":
-                    return one / values, zero
+                    divisors = np.where(np.isfinite(values), values, np.nan)
+                    return one / divisors, zero  # x / inf is no multiple of x
                 case "Add":
                     return one, values
         return (one, -values) if self.slot == 1 else (-one, values)

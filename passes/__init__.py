@@ -12,8 +12,10 @@ from onnxopt.manager import Pass
 from onnxopt.passes.qdq.fold_qdq_weights import FoldQdqWeights
 from onnxopt.passes.shrink.dead_layers import DeadLayers
 from onnxopt.passes.shrink.zero_channels import ZeroChannels
+from onnxopt.passes.simplify.constant_chain import MergeConstants
 from onnxopt.passes.simplify.cse import ShareCommonSubexpressions
 from onnxopt.passes.simplify.dead_code import DeadCode
+from onnxopt.passes.simplify.div_to_mul import DivToMul
 from onnxopt.passes.simplify.fold_batch_norm import FoldBatchNorm
 from onnxopt.passes.simplify.fold_constants import FoldConstants
 from onnxopt.passes.simplify.fold_pad import FoldPad
@@ -34,6 +36,8 @@ PASSES: dict[str, type[Pass]] = {
         MergeReshapes,
         ShareCommonSubexpressions,
         FoldBatchNorm,
+        MergeConstants,
+        DivToMul,
         FoldPad,
         FoldScale,
         MatMulToGemm,
@@ -56,6 +60,8 @@ _SIMPLIFY = (
     "fold-pad",
     "fold-batch-norm",
     "fold-scale",
+    "constant-chain",
+    "div-to-mul",
 )
 
 _SHRINK = ("dead-layers", "zero-channels")
