@@ -94,6 +94,18 @@ class Layer:
         return self.layout.shape[0] * self.layout.shape[self.layout.inputs]
 
     @property
+    def groups(self) -> int:
+        """The number of groups of channels that do not see one another."""
+        return self.layout.shape[0]
+
+    @property
+    def output_axis(self) -> int | None:
+        """The axis of the output's channels; None where its rank is not known."""
+        if self.node.op_type != "MatMul":
+            return 1
+        return None if self.rank is None else self.rank - 1
+
+    @property
     def rank(self) -> int | None:
         """The number of dims of the output."""
         if self.node.op_type != "MatMul":
@@ -161,33 +173,20 @@ class Layer:
             edit.set_attribute(self.node, "beta", None)
 
     def select_outputs(self, edit: Edit, indices: npt.NDArray[np.int64]) -> None:
-        """Let the layer compute these of its output channels, in this order."""
-        if self.layout.shape[0] != 1:
-            raise DeclinedError("the layer is grouped")
+        """Let the layer, of one group, compute these output channels in this order."""
         if self.has_bias:
-            bias = self.bias()[indices]
-            self.write_bias(edit, bias)
+            self.write_bias(edit, self.bias()[indices])
         weight = np.take(self._weight(), indices, axis=self.layout.outputs - 1)
         self._write_weight(edit, weight)
 
-    def spread_inputs(self, edit: Edit, indices: npt.NDArray[np.int64]) -> None:
-        """Let the layer read x where its input i was channel `indices[i]` of x.
+    def permute_inputs(self, edit: Edit, indices: npt.NDArray[np.int64]) -> None:
+        """Let the layer, of one group, read x where input i was channel indices[i] of x.
 
-        Every channel of x is among the indices; what reads the same one is summed.
+        `indices` is a permutation.
         """
-        if self.layout.shape[0] != 1:
-            raise DeclinedError("the layer is grouped")
-        axis = self.layout.inputs - 1
-        weight = np.moveaxis(self._weight(), axis, 0)
-        order = np.argsort(indices, kind="stable")
-        starts = np.searchsorted(indices[order], np.arange(indices.max() + 1))
-        made = weight[order]
-        if len(starts) < len(indices):
-            with np.errstate(all="ignore"):
-                sums = np.add.reduceat(made.astype(np.float64), starts, axis=0)
-                made = sums.astype(weight.dtype)
-        made = np.ascontiguousarray(np.moveaxis(made, 0, axis))
-        self._write_weight(edit, made)
+        order = np.argsort(indices)
+        weight = np.take(self._weight(), order, axis=self.layout.inputs - 1)
+        self._write_weight(edit, weight)
 
     def _weight(self) -> Array:
         return self.graph.model.weights.array(self.tensor)

@@ -18,6 +18,7 @@ from onnxopt.passes.simplify.dead_code import DeadCode
 from onnxopt.passes.simplify.div_to_mul import DivToMul
 from onnxopt.passes.simplify.fold_batch_norm import FoldBatchNorm
 from onnxopt.passes.simplify.fold_constants import FoldConstants
+from onnxopt.passes.simplify.fold_gather import FoldGather
 from onnxopt.passes.simplify.fold_pad import FoldPad
 from onnxopt.passes.simplify.fold_scale import FoldScale
 from onnxopt.passes.simplify.identity import RemoveIdentity
@@ -38,6 +39,7 @@ PASSES: dict[str, type[Pass]] = {
         FoldBatchNorm,
         MergeConstants,
         DivToMul,
+        FoldGather,
         FoldPad,
         FoldScale,
         MatMulToGemm,
@@ -60,6 +62,7 @@ _SIMPLIFY = (
     "fold-pad",
     "fold-batch-norm",
     "fold-scale",
+    "fold-gather",
     "constant-chain",
     "div-to-mul",
 )
