@@ -12,14 +12,21 @@ from onnxopt.manager import Pass
 from onnxopt.passes.qdq.fold_qdq_weights import FoldQdqWeights
 from onnxopt.passes.shrink.dead_layers import DeadLayers
 from onnxopt.passes.shrink.zero_channels import ZeroChannels
+from onnxopt.passes.simplify.constant_chain import MergeConstants
 from onnxopt.passes.simplify.cse import ShareCommonSubexpressions
 from onnxopt.passes.simplify.dead_code import DeadCode
+from onnxopt.passes.simplify.div_to_mul import DivToMul
 from onnxopt.passes.simplify.fold_batch_norm import FoldBatchNorm
 from onnxopt.passes.simplify.fold_constants import FoldConstants
+from onnxopt.passes.simplify.fold_gather import FoldGather
+from onnxopt.passes.simplify.fold_pad import FoldPad
+from onnxopt.passes.simplify.fold_scale import FoldScale
 from onnxopt.passes.simplify.fold_shapes import FoldShapes
 from onnxopt.passes.simplify.identity import RemoveIdentity
+from onnxopt.passes.simplify.matmul_to_gemm import MatMulToGemm
 from onnxopt.passes.simplify.no_op import RemoveNoOp
 from onnxopt.passes.simplify.reshape_chain import MergeReshapes
+from onnxopt.passes.simplify.transpose_into_gemm import TransposeIntoGemm
 
 PASSES: dict[str, type[Pass]] = {
     kind.name: kind
@@ -32,6 +39,13 @@ PASSES: dict[str, type[Pass]] = {
         MergeReshapes,
         ShareCommonSubexpressions,
         FoldBatchNorm,
+        MergeConstants,
+        DivToMul,
+        FoldGather,
+        FoldPad,
+        FoldScale,
+        MatMulToGemm,
+        TransposeIntoGemm,
         FoldQdqWeights,
         DeadLayers,
         ZeroChannels,
@@ -46,7 +60,14 @@ _SIMPLIFY = (
     "no-op",
     "reshape-chain",
     "cse",
+    "matmul-to-gemm",
+    "transpose-into-gemm",
+    "fold-pad",
     "fold-batch-norm",
+    "fold-scale",
+    "fold-gather",
+    "constant-chain",
+    "div-to-mul",
 )
 
 _SHRINK = ("dead-layers", "zero-channels")

@@ -1,0 +1,105 @@
+"""Where a last digit decides: values that are rounded, compared or turned to integers.
+
+floor(x / 7) is 1 for x = 7, and floor(x * (1 / 7)) is 0: a rewrite that rounds otherwise
+is not equivalent there. A layer or a reduction in between has no exact values to keep.
+"""
+
+from __future__ import annotations
+
+from onnx import NodeProto, TensorProto
+
+from onnxopt import attributes
+from onnxopt.graph import GraphView
+
+_STEPS = frozenset(
+    {
+        "Ceil",
+        "Equal",
+        "Floor",
+        "Greater",
+        "GreaterOrEqual",
+        "Less",
+        "LessOrEqual",
+        "Mod",
+        "QuantizeLinear",
+        "DynamicQuantizeLinear",
+        "Round",
+        "Sign",
+        "ThresholdedRelu",
+    }
+)
+_PASSING = frozenset(
+    {
+        "Abs",
+        "Add",
+        "Clip",
+        "Concat",
+        "Div",
+        "Exp",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "Identity",
+        "Log",
+        "Max",
+        "Min",
+        "Mul",
+        "Neg",
+        "Pow",
+        "Reciprocal",
+        "Relu",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Sqrt",
+        "Squeeze",
+        "Sub",
+        "Transpose",
+        "Unsqueeze",
+        "Where",
+    }
+)
+_FLOATS = (
+    TensorProto.FLOAT,
+    TensorProto.DOUBLE,
+    TensorProto.FLOAT16,
+    TensorProto.BFLOAT16,
+)
+MOST = 24
+"""Readers that are looked at; where there are more, one of them may be a step."""
+
+
+def reaches_step(graph: GraphView, name: str) -> bool:
+    """Whether `name` may come to a step through nothing but simple arithmetic."""
+    values, seen = [(graph, name)], 0
+    while values:
+        view, value = values.pop()
+        if view.is_output(value):
+            if view.is_function:
+                return True  # whatever its callers make of it
+            values += _outer(view)
+        for use in view.uses(value):
+            seen += 1
+            if seen > MOST or use.view is not view or _is_step(view, use.node):
+                return True
+            if _passes(view, use.node):
+                values += [(view, made) for made in use.node.output if made]
+    return False
+
+
+def _outer(view: GraphView) -> list[tuple[GraphView, str]]:
+    """The values that an output of a subgraph may become."""
+    if view.parent is None or view.owner is None:
+        return []
+    return [(view.parent, name) for name in view.owner.output if name]
+
+
+def _is_step(graph: GraphView, node: NodeProto) -> bool:
+    op = graph.op(node)
+    if op == "Cast":
+        return attributes.get(node, "to") not in _FLOATS
+    return op in _STEPS
+
+
+def _passes(graph: GraphView, node: NodeProto) -> bool:
+    return graph.op(node) in _PASSING or graph.op(node) == "Cast"
