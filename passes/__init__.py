@@ -16,6 +16,7 @@ from onnxopt.passes.simplify.cse import ShareCommonSubexpressions
 from onnxopt.passes.simplify.dead_code import DeadCode
 from onnxopt.passes.simplify.fold_batch_norm import FoldBatchNorm
 from onnxopt.passes.simplify.fold_constants import FoldConstants
+from onnxopt.passes.simplify.fuse_operators import FuseOperators
 from onnxopt.passes.simplify.identity import RemoveIdentity
 from onnxopt.passes.simplify.no_op import RemoveNoOp
 from onnxopt.passes.simplify.reshape_chain import MergeReshapes
@@ -30,6 +31,7 @@ PASSES: dict[str, type[Pass]] = {
         MergeReshapes,
         ShareCommonSubexpressions,
         FoldBatchNorm,
+        FuseOperators,
         FoldQdqWeights,
         DeadLayers,
         ZeroChannels,
@@ -44,6 +46,7 @@ _SIMPLIFY = (
     "reshape-chain",
     "cse",
     "fold-batch-norm",
+    "fuse-operators",
 )
 
 _SHRINK = ("dead-layers", "zero-channels")
