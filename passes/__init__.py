@@ -22,6 +22,7 @@ from onnxopt.passes.simplify.fold_gather import FoldGather
 from onnxopt.passes.simplify.fold_pad import FoldPad
 from onnxopt.passes.simplify.fold_scale import FoldScale
 from onnxopt.passes.simplify.fold_shapes import FoldShapes
+from onnxopt.passes.simplify.fuse_operators import FuseOperators
 from onnxopt.passes.simplify.identity import RemoveIdentity
 from onnxopt.passes.simplify.matmul_to_gemm import MatMulToGemm
 from onnxopt.passes.simplify.no_op import RemoveNoOp
@@ -46,6 +47,7 @@ PASSES: dict[str, type[Pass]] = {
         FoldScale,
         MatMulToGemm,
         TransposeIntoGemm,
+        FuseOperators,
         FoldQdqWeights,
         DeadLayers,
         ZeroChannels,
@@ -68,6 +70,7 @@ _SIMPLIFY = (
     "fold-gather",
     "constant-chain",
     "div-to-mul",
+    "fuse-operators",
 )
 
 _SHRINK = ("dead-layers", "zero-channels")
