@@ -19,6 +19,8 @@ from onnxopt.passes.simplify.fold_constants import FoldConstants
 from onnxopt.passes.simplify.identity import RemoveIdentity
 from onnxopt.passes.simplify.no_op import RemoveNoOp
 from onnxopt.passes.simplify.reshape_chain import MergeReshapes
+from onnxopt.passes.simplify.sink_transpose import SinkTransposes
+from onnxopt.passes.simplify.transpose import MergeTransposes
 
 PASSES: dict[str, type[Pass]] = {
     kind.name: kind
@@ -28,6 +30,8 @@ PASSES: dict[str, type[Pass]] = {
         RemoveNoOp,
         FoldConstants,
         MergeReshapes,
+        MergeTransposes,
+        SinkTransposes,
         ShareCommonSubexpressions,
         FoldBatchNorm,
         FoldQdqWeights,
@@ -42,6 +46,8 @@ _SIMPLIFY = (
     "fold-constants",
     "no-op",
     "reshape-chain",
+    "transpose",
+    "sink-transpose",
     "cse",
     "fold-batch-norm",
 )
