@@ -27,6 +27,8 @@ from onnxopt.passes.simplify.identity import RemoveIdentity
 from onnxopt.passes.simplify.matmul_to_gemm import MatMulToGemm
 from onnxopt.passes.simplify.no_op import RemoveNoOp
 from onnxopt.passes.simplify.reshape_chain import MergeReshapes
+from onnxopt.passes.simplify.sink_transpose import SinkTransposes
+from onnxopt.passes.simplify.transpose import MergeTransposes
 from onnxopt.passes.simplify.transpose_into_gemm import TransposeIntoGemm
 
 PASSES: dict[str, type[Pass]] = {
@@ -38,6 +40,8 @@ PASSES: dict[str, type[Pass]] = {
         FoldConstants,
         FoldShapes,
         MergeReshapes,
+        MergeTransposes,
+        SinkTransposes,
         ShareCommonSubexpressions,
         FoldBatchNorm,
         MergeConstants,
@@ -61,6 +65,8 @@ _SIMPLIFY = (
     "fold-shapes",
     "no-op",
     "reshape-chain",
+    "transpose",
+    "sink-transpose",
     "cse",
     "matmul-to-gemm",
     "transpose-into-gemm",

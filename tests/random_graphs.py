@@ -218,6 +218,38 @@ def transpose(b: Builder) -> None:
     b.node("Transpose", [name], tuple(dims[axis] for axis in perm), perm=perm)
 
 
+def there_and_back(b: Builder) -> None:
+    """Transposed, worked on along an axis or with others, and transposed back."""
+    name, dims = b.pick() or ("", ())
+    perm = list(range(len(dims)))
+    b.random.shuffle(perm)
+    turned = tuple(dims[axis] for axis in perm)
+    value = b.node("Transpose", [name], turned, perm=perm)
+    for _ in range(b.random.randrange(1, 4)):
+        value = _turned_step(b, value, turned)
+    back = [perm.index(axis) for axis in range(len(perm))]
+    b.node("Transpose", [value], dims, perm=back)
+
+
+def _turned_step(b: Builder, value: str, dims: Dims) -> str:
+    draw, kind = b.random, b.random.randrange(6)
+    if kind == 0:
+        return b.node("Softmax", [value], dims, axis=draw.randrange(-len(dims), 0))
+    if kind == 1 and isinstance(dims[-1], int):
+        return b.node("Mul", [value, b.floats(dims[-1])], dims)
+    if kind == 2:
+        same = [other for other, theirs in b.visible() if theirs == dims]
+        return b.node("Add", draw.sample([value, draw.choice(same)], 2), dims)
+    if kind == 3:
+        ends = [b.ints(0), b.ints(1 << 40), b.ints(draw.randrange(len(dims)))]
+        return b.node("Slice", [value, *ends], dims)
+    if kind == 4:
+        axis = draw.randrange(len(dims))
+        column = b.raw("Gather", [value, b.ints(0)], axis=axis)
+        return b.node("Sub", [value, column], dims)
+    return b.node("Relu", [value], dims)
+
+
 def duplicate(b: Builder) -> None:
     """One of the nodes here once more."""
     nodes = [node for node in b.nodes if len(node.output) == 1 and node.input]
@@ -348,6 +380,7 @@ PIECES: list[Callable[[Builder], None]] = [
     reshape,
     shape_arithmetic,
     transpose,
+    there_and_back,
     duplicate,
     duplicate,
     convolution,
