@@ -84,7 +84,7 @@ def same_dim(graph: GraphView, first: int | str | None, second: int | str | None
     """Whether two dims are surely equal."""
     if first is None or first != second:
         return False
-    return isinstance(first, int) or graph.model.shapes.is_reliable(first)
+    return True
 
 
 def moves_only_ones(perm: Sequence[int], shape: Shape) -> bool:
