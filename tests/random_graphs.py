@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
@@ -290,6 +291,58 @@ def linear(b: Builder) -> None:
     norm(b, b.node(op_type, [name, b.floats(size, size)], dims), dims)
 
 
+def around_layer(b: Builder) -> None:
+    """A layer with arithmetic, padding or a choice of channels before and behind it."""
+    name, dims = b.pick() or ("", ())
+    if len(dims) not in (2, 4) or not isinstance(dims[1], int) or 0 in dims:
+        return
+    if len(dims) == 4 and not all(isinstance(dim, int) for dim in dims):
+        return
+    channels = int(dims[1])
+    name = _beside(b, name, dims)
+    if len(dims) == 4:
+        padded = b.raw("Pad", [name, b.ints(0, 0, 1, 1, 0, 0, 1, 1)])
+        if b.random.random() < 0.5:
+            op_type = b.random.choice(["AveragePool", "Conv"])
+            weight = [b.floats(channels, channels, 3, 3)] if op_type == "Conv" else []
+            name = b.raw(op_type, [padded, *weight], kernel_shape=[3, 3])
+        else:
+            name = b.raw("Conv", [name, b.floats(channels, channels, 1, 1)])
+    elif b.random.random() < 0.5:
+        weight = b.raw("Transpose", [b.floats(channels, channels)])
+        name = b.raw("MatMul", [name, weight])
+    else:
+        name = b.raw("Gemm", [name, b.floats(channels, channels)], transB=1)
+    name = _beside(b, name, dims)
+    b.node("Relu", [name], dims)
+
+
+def _beside(b: Builder, name: str, dims: Dims) -> str:
+    """`name` of `dims` after up to three operations that a layer can take over."""
+    channels, rest = int(dims[1] or 0), [1] * (len(dims) - 2)
+    for _ in range(b.random.randrange(4)):
+        kind = b.random.randrange(7)
+        shape = b.random.choice([(), (channels, *rest), (1, channels, *rest)])
+        if kind < 4:
+            pair = [name, b.floats(*shape)]
+            if b.random.random() < 0.3:
+                pair.reverse()
+            name = b.raw(b.random.choice(["Add", "Sub", "Mul"]), pair)
+        elif kind == 4:
+            size = math.prod(shape)
+            divisor = np.linspace(0.5, 2.0, size).astype(np.float32).reshape(shape)
+            name = b.raw("Div", [name, b.constant(divisor)])
+        elif kind == 5:
+            order = b.random.sample(range(channels), channels)
+            name = b.raw("Gather", [name, b.ints(*order)], axis=1)
+        else:
+            parameters = [b.floats(channels) for _ in range(3)]
+            variance = np.linspace(0.5, 2.0, channels).astype(np.float32)
+            inputs = [name, *parameters, b.constant(variance)]
+            name = b.raw("BatchNormalization", inputs)
+    return name
+
+
 def norm(b: Builder, name: str, dims: Dims) -> None:
     """BatchNormalization with constant parameters."""
     channels = int(dims[1])
@@ -385,6 +438,8 @@ PIECES: list[Callable[[Builder], None]] = [
     duplicate,
     convolution,
     linear,
+    around_layer,
+    around_layer,
     quantized_weight,
     constants,
     branch,
