@@ -18,6 +18,7 @@ from onnxopt.passes.simplify.fold_batch_norm import FoldBatchNorm
 from onnxopt.passes.simplify.fold_constants import FoldConstants
 from onnxopt.passes.simplify.fuse_operators import FuseOperators
 from onnxopt.passes.simplify.identity import RemoveIdentity
+from onnxopt.passes.simplify.merge_elementwise import MergeElementwise
 from onnxopt.passes.simplify.no_op import RemoveNoOp
 from onnxopt.passes.simplify.reshape_chain import MergeReshapes
 
@@ -32,6 +33,7 @@ PASSES: dict[str, type[Pass]] = {
         ShareCommonSubexpressions,
         FoldBatchNorm,
         FuseOperators,
+        MergeElementwise,
         FoldQdqWeights,
         DeadLayers,
         ZeroChannels,
@@ -47,6 +49,7 @@ _SIMPLIFY = (
     "cse",
     "fold-batch-norm",
     "fuse-operators",
+    "merge-elementwise",
 )
 
 _SHRINK = ("dead-layers", "zero-channels")
