@@ -25,6 +25,7 @@ from onnxopt.passes.simplify.fold_shapes import FoldShapes
 from onnxopt.passes.simplify.fuse_operators import FuseOperators
 from onnxopt.passes.simplify.identity import RemoveIdentity
 from onnxopt.passes.simplify.matmul_to_gemm import MatMulToGemm
+from onnxopt.passes.simplify.merge_elementwise import MergeElementwise
 from onnxopt.passes.simplify.no_op import RemoveNoOp
 from onnxopt.passes.simplify.reshape_chain import MergeReshapes
 from onnxopt.passes.simplify.sink_transpose import SinkTransposes
@@ -52,6 +53,7 @@ PASSES: dict[str, type[Pass]] = {
         MatMulToGemm,
         TransposeIntoGemm,
         FuseOperators,
+        MergeElementwise,
         FoldQdqWeights,
         DeadLayers,
         ZeroChannels,
@@ -77,6 +79,7 @@ _SIMPLIFY = (
     "constant-chain",
     "div-to-mul",
     "fuse-operators",
+    "merge-elementwise",
 )
 
 _SHRINK = ("dead-layers", "zero-channels")
