@@ -17,6 +17,7 @@ from onnxopt.passes.simplify.dead_code import DeadCode
 from onnxopt.passes.simplify.fold_batch_norm import FoldBatchNorm
 from onnxopt.passes.simplify.fold_constants import FoldConstants
 from onnxopt.passes.simplify.identity import RemoveIdentity
+from onnxopt.passes.simplify.inline_if import InlineIf
 from onnxopt.passes.simplify.no_op import RemoveNoOp
 from onnxopt.passes.simplify.reshape_chain import MergeReshapes
 
@@ -27,6 +28,7 @@ PASSES: dict[str, type[Pass]] = {
         RemoveIdentity,
         RemoveNoOp,
         FoldConstants,
+        InlineIf,
         MergeReshapes,
         ShareCommonSubexpressions,
         FoldBatchNorm,
@@ -40,6 +42,7 @@ _SIMPLIFY = (
     "dead-code",
     "identity",
     "fold-constants",
+    "inline-if",
     "no-op",
     "reshape-chain",
     "cse",
