@@ -147,9 +147,10 @@ class Edit:
             if self.graph.is_output(old) or self.graph.is_pinned(old):
                 self.insert("Identity", [new], [old])
             else:
-                self._redirect(old, new)
+                self.redirect(old, new)
 
-    def _redirect(self, old: str, new: str) -> None:
+    def redirect(self, old: str, new: str) -> None:
+        """Let all who read `old`, which is no output, read `new` instead."""
         self._steps.append(lambda j: j.redirect(self.graph, old, new))
 
     def set_input(self, node: NodeProto, index: int, name: str) -> None:

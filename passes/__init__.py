@@ -20,6 +20,7 @@ from onnxopt.passes.simplify.identity import RemoveIdentity
 from onnxopt.passes.simplify.inline_if import InlineIf
 from onnxopt.passes.simplify.no_op import RemoveNoOp
 from onnxopt.passes.simplify.reshape_chain import MergeReshapes
+from onnxopt.passes.simplify.share_weights import ShareWeights
 
 PASSES: dict[str, type[Pass]] = {
     kind.name: kind
@@ -30,6 +31,7 @@ PASSES: dict[str, type[Pass]] = {
         FoldConstants,
         InlineIf,
         MergeReshapes,
+        ShareWeights,
         ShareCommonSubexpressions,
         FoldBatchNorm,
         FoldQdqWeights,
@@ -45,6 +47,7 @@ _SIMPLIFY = (
     "inline-if",
     "no-op",
     "reshape-chain",
+    "share-weights",
     "cse",
     "fold-batch-norm",
 )
