@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onnx import (
     AttributeProto,
@@ -28,6 +28,9 @@ from onnxopt.graph import GraphView, Read, constant_value
 from onnxopt.inlining import Content
 from onnxopt.ledger import FORBIDDEN
 from onnxopt.weights import Array, attribute_tensors, tensor_bytes
+
+if TYPE_CHECKING:
+    from onnxopt.model import Model
 
 
 class Refused(Exception):  # noqa: N818 - a signal inside this module, not an error
@@ -152,6 +155,14 @@ class Edit:
     def redirect(self, old: str, new: str) -> None:
         """Let all who read `old`, which is no output, read `new` instead."""
         self._steps.append(lambda j: j.redirect(self.graph, old, new))
+
+    def import_domain(self, domain: str, version: int) -> None:
+        """Let the model import a domain that it has not imported so far."""
+        self._steps.append(lambda j: j.import_domain(self.graph.model, domain, version))
+
+    def drop_function(self, function: GraphView) -> None:
+        """Remove a local function that nothing calls."""
+        self._steps.append(lambda j: j.drop_function(function))
 
     def set_input(self, node: NodeProto, index: int, name: str) -> None:
         """Let input `index` of `node` read `name`; slots before it are filled with ""."""
@@ -489,6 +500,15 @@ class _Journal:
         self._append(view.proto.sparse_initializer, [sparse])
         view._given.add(name)
         self.undo.append(lambda: view._given.discard(name))
+
+    def import_domain(self, model: Model, domain: str, version: int) -> None:
+        entry = helper.make_opsetid(domain, version)
+        self._append(model.proto.opset_import, [entry])
+
+    def drop_function(self, function: GraphView) -> None:
+        function.model.drop_function(function)
+        self.bytes -= function.proto.ByteSize()
+        self.undo.append(lambda: function.model.restore_function(function))
 
     def _append(self, items: Any, new: Sequence[Any]) -> None:
         """Extend a repeated field whose order is nobody's business."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from onnx import (
+    AttributeProto,
     FunctionProto,
     GraphProto,
     NodeProto,
@@ -65,12 +66,15 @@ class Inliner:
         body: GraphView,
         given: Names,
         outputs: Sequence[str] = (),
+        settings: Mapping[str, AttributeProto | None] | None = None,
+        prefix: str = "",
     ) -> Content:
         """A copy of `body` that stands for `node` in `graph`.
 
         `given`: what the inputs of the body are. `outputs`: what its outputs are to be
         called; those that are no values of its own, or are there twice, keep the name
-        that they have, and `Content.values` tells.
+        that they have, and `Content.values` tells. `settings`: what references to a
+        function's attributes stand for. `prefix`: what the nodes' names begin with.
         """
         source = body.nodes()
         names = dict(given)
@@ -90,6 +94,11 @@ class Inliner:
             copy.CopyFrom(item)
             copy.output[:] = [names.get(name, "") for name in item.output]
             _rename_reads(copy, names, graph, taken)
+            for inner in attributes.nodes_in([copy]):
+                if settings is not None:
+                    _bind(inner, settings)
+                if prefix and inner.name:
+                    inner.name = f"{prefix}/{inner.name}"
             made.nodes.append(copy)
         counts.update(_definitions(made.nodes) - Counter(taken))
         if isinstance(body.proto, GraphProto):
@@ -119,6 +128,20 @@ class Inliner:
             # before IR 4 an initializer is an input, which cannot be an output as well
             if new and old in own and old not in names and old not in weights:
                 names[old] = new
+
+
+def _bind(node: NodeProto, settings: Mapping[str, AttributeProto | None]) -> None:
+    """Put values in the place of references to a function's attributes."""
+    for index in range(len(node.attribute) - 1, -1, -1):
+        attribute = node.attribute[index]
+        if not attribute.ref_attr_name:
+            continue
+        value, name = settings.get(attribute.ref_attr_name), attribute.name
+        if value is None:
+            del node.attribute[index]
+        else:
+            attribute.CopyFrom(value)
+            attribute.name = name
 
 
 def _weights(body: GraphView) -> list[str]:

@@ -17,6 +17,7 @@ from onnxopt.passes.simplify.dead_code import DeadCode
 from onnxopt.passes.simplify.fold_batch_norm import FoldBatchNorm
 from onnxopt.passes.simplify.fold_constants import FoldConstants
 from onnxopt.passes.simplify.identity import RemoveIdentity
+from onnxopt.passes.simplify.inline_functions import InlineFunctions
 from onnxopt.passes.simplify.inline_if import InlineIf
 from onnxopt.passes.simplify.no_op import RemoveNoOp
 from onnxopt.passes.simplify.reshape_chain import MergeReshapes
@@ -30,6 +31,7 @@ PASSES: dict[str, type[Pass]] = {
         RemoveNoOp,
         FoldConstants,
         InlineIf,
+        InlineFunctions,
         MergeReshapes,
         ShareWeights,
         ShareCommonSubexpressions,
@@ -51,6 +53,9 @@ _SIMPLIFY = (
     "cse",
     "fold-batch-norm",
 )
+
+ON_REQUEST = ("inline-functions",)
+"""Passes of no recipe that comes with onnxopt: they change what a user may want kept."""
 
 _SHRINK = ("dead-layers", "zero-channels")
 
