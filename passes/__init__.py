@@ -24,10 +24,13 @@ from onnxopt.passes.simplify.fold_scale import FoldScale
 from onnxopt.passes.simplify.fold_shapes import FoldShapes
 from onnxopt.passes.simplify.fuse_operators import FuseOperators
 from onnxopt.passes.simplify.identity import RemoveIdentity
+from onnxopt.passes.simplify.inline_functions import InlineFunctions
+from onnxopt.passes.simplify.inline_if import InlineIf
 from onnxopt.passes.simplify.matmul_to_gemm import MatMulToGemm
 from onnxopt.passes.simplify.merge_elementwise import MergeElementwise
 from onnxopt.passes.simplify.no_op import RemoveNoOp
 from onnxopt.passes.simplify.reshape_chain import MergeReshapes
+from onnxopt.passes.simplify.share_weights import ShareWeights
 from onnxopt.passes.simplify.sink_transpose import SinkTransposes
 from onnxopt.passes.simplify.transpose import MergeTransposes
 from onnxopt.passes.simplify.transpose_into_gemm import TransposeIntoGemm
@@ -43,6 +46,9 @@ PASSES: dict[str, type[Pass]] = {
         MergeReshapes,
         MergeTransposes,
         SinkTransposes,
+        InlineIf,
+        InlineFunctions,
+        ShareWeights,
         ShareCommonSubexpressions,
         FoldBatchNorm,
         MergeConstants,
@@ -69,6 +75,8 @@ _SIMPLIFY = (
     "reshape-chain",
     "transpose",
     "sink-transpose",
+    "inline-if",
+    "share-weights",
     "cse",
     "matmul-to-gemm",
     "transpose-into-gemm",
@@ -81,6 +89,9 @@ _SIMPLIFY = (
     "fuse-operators",
     "merge-elementwise",
 )
+
+ON_REQUEST = ("inline-functions",)
+"""Passes of no recipe that comes with onnxopt: they change what a user may want kept."""
 
 _SHRINK = ("dead-layers", "zero-channels")
 

@@ -407,7 +407,10 @@ def branch(b: Builder) -> None:
         graphs.append(graph_of(inner, label, [], [info(result, dims)]))
         ends.append(b.count[0])
     b.count[0] = max(ends)
-    b.node("If", ["cond"], dims, then_branch=graphs[0], else_branch=graphs[1])
+    cond = "cond"
+    if b.random.random() < 0.4:
+        cond = b.constant(np.array(b.random.random() < 0.5))
+    b.node("If", [cond], dims, then_branch=graphs[0], else_branch=graphs[1])
 
 
 def loop(b: Builder) -> None:
