@@ -153,18 +153,17 @@ class Model:
         """Whether `node` calls a model-local function."""
         return bool(self._functions) and _key(node) in self._functions
 
-    def function(self, node: NodeProto) -> FunctionProto | None:
-        """The model-local function that `node` calls; None where it calls none."""
-        return self._functions.get(_key(node)) if self._functions else None
     def function(self, node: NodeProto) -> GraphView | None:
         """The body of the local function that `node` calls; None for all other nodes."""
         return self._bodies.get(_key(node)) if self._bodies else None
+
     def drop_function(self, view: GraphView) -> None:
         """Take a local function out of the model; `Edit` is the way to do it."""
         key = _key(view.proto)
         self.functions.remove(view)
         del self._functions[key], self._bodies[key]
         self._dropped.append(view.proto)
+
     def restore_function(self, view: GraphView) -> None:
         """Undo `drop_function`."""
         key = _key(view.proto)

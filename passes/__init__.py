@@ -12,6 +12,7 @@ from onnxopt.manager import Pass
 from onnxopt.passes.qdq.fold_qdq_weights import FoldQdqWeights
 from onnxopt.passes.shrink.dead_layers import DeadLayers
 from onnxopt.passes.shrink.zero_channels import ZeroChannels
+from onnxopt.passes.simplify.cast_like import CastLikeToCast
 from onnxopt.passes.simplify.constant_chain import MergeConstants
 from onnxopt.passes.simplify.cse import ShareCommonSubexpressions
 from onnxopt.passes.simplify.dead_code import DeadCode
@@ -32,6 +33,7 @@ from onnxopt.passes.simplify.no_op import RemoveNoOp
 from onnxopt.passes.simplify.reshape_chain import MergeReshapes
 from onnxopt.passes.simplify.share_weights import ShareWeights
 from onnxopt.passes.simplify.sink_transpose import SinkTransposes
+from onnxopt.passes.simplify.split_sequence import SplitSequence
 from onnxopt.passes.simplify.transpose import MergeTransposes
 from onnxopt.passes.simplify.transpose_into_gemm import TransposeIntoGemm
 
@@ -42,6 +44,8 @@ PASSES: dict[str, type[Pass]] = {
         RemoveIdentity,
         RemoveNoOp,
         FoldConstants,
+        CastLikeToCast,
+        SplitSequence,
         FoldShapes,
         MergeReshapes,
         MergeTransposes,
@@ -69,6 +73,8 @@ PASSES: dict[str, type[Pass]] = {
 _SIMPLIFY = (
     "dead-code",
     "identity",
+    "cast-like",
+    "split-sequence",
     "fold-constants",
     "fold-shapes",
     "no-op",

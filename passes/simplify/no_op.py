@@ -6,7 +6,8 @@
 1. Cast to the type that the value has; Transpose that permutes nothing; Pad by zero;
    Concat of one; Slice of everything; Reshape, Expand, Squeeze, Unsqueeze, Flatten and
    Tile whose result has the shape of the input (symbols that are sure included).
-2. x + 0, x - 0, x * 1, x / 1, x ** 1 (floats) with a constant that does not broadcast x.
+2. x + 0, x - 0, x * 1, x / 1, x ** 1 (floats), x and true, x or false, with a constant
+   that does not broadcast x.
 3. Where of one value in both cases, which the condition does not broadcast.
 
 x + 0 turns -0.0 into 0.0, and removing it keeps -0.0: equal by ==.
@@ -156,6 +157,8 @@ _RULES: dict[str, Rule] = {
     "Tile": _reshape,
     "Where": _where,
     "Pow": _power,
+    "And": _neutral(1, either=True),
+    "Or": _neutral(0, either=True),
     "Add": _neutral(0, either=True),
     "Sub": _neutral(0, either=False),
     "Mul": _neutral(1, either=True),
