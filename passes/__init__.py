@@ -12,11 +12,14 @@ from onnxopt.manager import Pass
 from onnxopt.passes.qdq.fold_qdq_weights import FoldQdqWeights
 from onnxopt.passes.shrink.dead_layers import DeadLayers
 from onnxopt.passes.shrink.zero_channels import ZeroChannels
+from onnxopt.passes.simplify.cast_chain import MergeCasts
 from onnxopt.passes.simplify.cast_like import CastLikeToCast
+from onnxopt.passes.simplify.concat_chain import MergeConcats
 from onnxopt.passes.simplify.constant_chain import MergeConstants
 from onnxopt.passes.simplify.cse import ShareCommonSubexpressions
 from onnxopt.passes.simplify.dead_code import DeadCode
 from onnxopt.passes.simplify.div_to_mul import DivToMul
+from onnxopt.passes.simplify.expand_broadcast import DropExpands
 from onnxopt.passes.simplify.fold_batch_norm import FoldBatchNorm
 from onnxopt.passes.simplify.fold_constants import FoldConstants
 from onnxopt.passes.simplify.fold_gather import FoldGather
@@ -33,6 +36,7 @@ from onnxopt.passes.simplify.no_op import RemoveNoOp
 from onnxopt.passes.simplify.reshape_chain import MergeReshapes
 from onnxopt.passes.simplify.share_weights import ShareWeights
 from onnxopt.passes.simplify.sink_transpose import SinkTransposes
+from onnxopt.passes.simplify.slice_chain import MergeSlices
 from onnxopt.passes.simplify.split_sequence import SplitSequence
 from onnxopt.passes.simplify.transpose import MergeTransposes
 from onnxopt.passes.simplify.transpose_into_gemm import TransposeIntoGemm
@@ -48,6 +52,10 @@ PASSES: dict[str, type[Pass]] = {
         SplitSequence,
         FoldShapes,
         MergeReshapes,
+        MergeCasts,
+        MergeSlices,
+        MergeConcats,
+        DropExpands,
         MergeTransposes,
         SinkTransposes,
         InlineIf,
@@ -79,6 +87,10 @@ _SIMPLIFY = (
     "fold-shapes",
     "no-op",
     "reshape-chain",
+    "cast-chain",
+    "slice-chain",
+    "concat-chain",
+    "expand-broadcast",
     "transpose",
     "sink-transpose",
     "inline-if",

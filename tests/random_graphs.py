@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from random import Random
 
 import numpy as np
@@ -262,6 +263,49 @@ def _turned_step(b: Builder, value: str, dims: Dims) -> str:
     return b.node("Relu", [value], dims)
 
 
+def apart_and_together(b: Builder) -> None:
+    """Cut along an axis, perhaps twice, and joined again; not always in order."""
+    name, dims = b.pick() or ("", ())
+    axis = b.random.randrange(len(dims))
+    size = dims[axis]
+    if not isinstance(size, int):
+        return
+    points = sorted({0, 1 << 40, *(b.random.randrange(size + 1) for _ in range(2))})
+    parts = [
+        b.raw("Slice", [name, b.ints(start), b.ints(end), b.ints(axis)])
+        for start, end in pairwise(points)
+    ]
+    if b.random.random() < 0.3:
+        parts.reverse()
+    while len(parts) > 2 and b.random.random() < 0.5:
+        parts[:2] = [b.raw("Concat", parts[:2], axis=axis)]
+    whole = b.node("Concat", parts, dims, axis=axis - b.random.choice([0, len(dims)]))
+    start = b.random.randrange(size)
+    again = [b.ints(start), b.ints(b.random.choice([start + 1, 1 << 40])), b.ints(axis)]
+    inner = b.raw("Slice", [whole, *again])
+    other = [b.ints(0), b.ints(b.random.choice([1, -1, 9])), b.ints(axis)]
+    b.node("Add", [b.raw("ReduceSum", [b.raw("Slice", [inner, *other])]), name], dims)
+
+
+def casts(b: Builder) -> None:
+    """To other types and back."""
+    name, dims = b.pick() or ("", ())
+    kinds = [TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.BOOL]
+    for kind in b.random.choices(kinds, k=b.random.randrange(1, 4)):
+        name = b.raw("Cast", [name], to=kind)
+    b.node("Cast", [name], dims, to=TensorProto.FLOAT)
+
+
+def expanded(b: Builder) -> None:
+    """Something small, expanded before it meets something large."""
+    name, dims = b.pick() or ("", ())
+    shape = b.raw("Shape", [name])
+    if all(isinstance(dim, int) for dim in dims) and b.random.random() < 0.7:
+        shape = b.ints(*(int(dim) for dim in dims))
+    small = b.raw("Expand", [b.floats(*[1] * len(dims)), shape])
+    b.node(b.random.choice(["Add", "Mul", "Sub"]), [name, small], dims)
+
+
 def duplicate(b: Builder) -> None:
     """One of the nodes here once more."""
     nodes = [node for node in b.nodes if len(node.output) == 1 and node.input]
@@ -516,6 +560,9 @@ PIECES: list[Callable[[Builder], None]] = [
     shape_arithmetic,
     transpose,
     there_and_back,
+    apart_and_together,
+    casts,
+    expanded,
     duplicate,
     duplicate,
     convolution,

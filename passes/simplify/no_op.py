@@ -9,6 +9,11 @@
 2. x + 0, x - 0, x * 1, x / 1, x ** 1 (floats), x and true, x or false, with a constant
    that does not broadcast x.
 3. Where of one value in both cases, which the condition does not broadcast.
+   Concat, Sum, Mean, Max and Min of one; Split into one; Slice of everything; Reshape,
+   Expand, Squeeze, Unsqueeze, Flatten and Tile whose result has the shape of the input
+   (symbols that are sure included); Reduce over axes of size 1; AveragePool of single
+   elements; Resize by 1.
+2. x + 0, x - 0, x * 1, x / 1 with a constant that does not broadcast x.
 
 x + 0 turns -0.0 into 0.0, and removing it keeps -0.0: equal by ==.
 """
@@ -66,6 +71,29 @@ def _transpose(graph: GraphView, node: NodeProto) -> str | None:
 
 def _concat(graph: GraphView, node: NodeProto) -> str | None:
     return node.input[0] if len(node.input) == 1 else None
+
+
+def _split(graph: GraphView, node: NodeProto) -> str | None:
+    return node.input[0] if len(node.output) == 1 and graph.opset() >= 2 else None
+
+
+def _average_pool(graph: GraphView, node: NodeProto) -> str | None:
+    """One element at a time."""
+    steps = [*attributes.get(node, "kernel_shape"), *attributes.get(node, "strides", [])]
+    is_plain = set(steps) == {1} and not any(attributes.get(node, "pads", []))
+    return node.input[0] if is_plain else None
+
+
+def _resize(graph: GraphView, node: NodeProto) -> str | None:
+    """By scales of 1, which ONNX Runtime takes for a copy, whatever the mode."""
+    mode = attributes.get(node, "coordinate_transformation_mode")
+    if mode == "tf_crop_and_resize" or attributes.get(node, "antialias", 0):
+        return None
+    slot = 2 if graph.opset() >= 11 else 1
+    name = node.input[slot] if len(node.input) == slot + 1 else ""
+    scales = graph.array(name) if name else None
+    is_copy = scales is not None and scales.size > 0 and bool((scales == 1).all())
+    return node.input[0] if is_copy else None
 
 
 def _pad(graph: GraphView, node: NodeProto) -> str | None:
@@ -147,6 +175,13 @@ _RULES: dict[str, Rule] = {
     "Cast": _cast,
     "Transpose": _transpose,
     "Concat": _concat,
+    "Sum": _concat,
+    "Mean": _concat,
+    "Max": _concat,
+    "Min": _concat,
+    "Split": _split,
+    "AveragePool": _average_pool,
+    "Resize": _resize,
     "Pad": _pad,
     "Slice": _slice,
     "Reshape": _reshape,
@@ -159,6 +194,11 @@ _RULES: dict[str, Rule] = {
     "Pow": _power,
     "And": _neutral(1, either=True),
     "Or": _neutral(0, either=True),
+    "ReduceMax": _reshape,
+    "ReduceMean": _reshape,
+    "ReduceMin": _reshape,
+    "ReduceProd": _reshape,
+    "ReduceSum": _reshape,
     "Add": _neutral(0, either=True),
     "Sub": _neutral(0, either=False),
     "Mul": _neutral(1, either=True),
