@@ -77,6 +77,7 @@ class Inliner:
         that they have, and `Content.values` tells. `settings`: what references to a
         function's attributes stand for. `prefix`: what the nodes' names begin with.
         """
+        body.settle_all()
         source = body.nodes()
         names = dict(given)
         own = [*_weights(body), *_sparse(body), *_made(source)]

@@ -22,6 +22,7 @@ from onnxopt.passes.simplify.inline_if import InlineIf
 from onnxopt.passes.simplify.no_op import RemoveNoOp
 from onnxopt.passes.simplify.reshape_chain import MergeReshapes
 from onnxopt.passes.simplify.share_weights import ShareWeights
+from onnxopt.passes.simplify.unroll_loop import UnrollLoop
 
 PASSES: dict[str, type[Pass]] = {
     kind.name: kind
@@ -31,6 +32,7 @@ PASSES: dict[str, type[Pass]] = {
         RemoveNoOp,
         FoldConstants,
         InlineIf,
+        UnrollLoop,
         InlineFunctions,
         MergeReshapes,
         ShareWeights,
@@ -47,6 +49,7 @@ _SIMPLIFY = (
     "identity",
     "fold-constants",
     "inline-if",
+    "unroll-loop",
     "no-op",
     "reshape-chain",
     "share-weights",
