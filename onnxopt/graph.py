@@ -328,6 +328,12 @@ class GraphView:
             self.proto.node.sort(key=lambda node: self._rank[id(node)])
         self._unordered = self._misplaced = False
 
+    def settle_all(self) -> None:
+        """`settle` this scope and those inside it."""
+        self.settle()
+        for child in self.children():
+            child.settle_all()
+
     # ---- the index ----
 
     def _index(self) -> None:

@@ -58,6 +58,7 @@ class Inliner:
 
     def __init__(self) -> None:
         self._counts: dict[GraphView, Counter[str]] = {}
+        self._node_names: dict[GraphView, set[str]] = {}
 
     def content(
         self,
@@ -76,6 +77,7 @@ class Inliner:
         that they have, and `Content.values` tells. `settings`: what references to a
         function's attributes stand for. `prefix`: what the nodes' names begin with.
         """
+        body.settle_all()
         source = body.nodes()
         names = dict(given)
         own = [*_weights(body), *_sparse(body), *_made(source)]
@@ -99,6 +101,8 @@ class Inliner:
                     _bind(inner, settings)
                 if prefix and inner.name:
                     inner.name = f"{prefix}/{inner.name}"
+            if copy.name:
+                copy.name = self._node_name(graph, copy.name)
             made.nodes.append(copy)
         counts.update(_definitions(made.nodes) - Counter(taken))
         if isinstance(body.proto, GraphProto):
@@ -113,6 +117,18 @@ class Inliner:
         if graph not in self._counts:
             self._counts[graph] = _defined_in(graph)
         return self._counts[graph]
+
+    def _node_name(self, graph: GraphView, name: str) -> str:
+        """`name`, or one like it: ONNX Runtime wants those of a scope to differ."""
+        known = self._node_names.get(graph)
+        if known is None:
+            known = self._node_names[graph] = {node.name for node in graph.nodes()}
+        made, number = name, 0
+        while made in known:
+            number += 1
+            made = f"{name}_{number}"
+        known.add(made)
+        return made
 
     @staticmethod
     def _name_outputs(

@@ -40,6 +40,7 @@ from onnxopt.passes.simplify.slice_chain import MergeSlices
 from onnxopt.passes.simplify.split_sequence import SplitSequence
 from onnxopt.passes.simplify.transpose import MergeTransposes
 from onnxopt.passes.simplify.transpose_into_gemm import TransposeIntoGemm
+from onnxopt.passes.simplify.unroll_loop import UnrollLoop
 
 PASSES: dict[str, type[Pass]] = {
     kind.name: kind
@@ -59,6 +60,7 @@ PASSES: dict[str, type[Pass]] = {
         MergeTransposes,
         SinkTransposes,
         InlineIf,
+        UnrollLoop,
         InlineFunctions,
         ShareWeights,
         ShareCommonSubexpressions,
@@ -85,6 +87,8 @@ _SIMPLIFY = (
     "split-sequence",
     "fold-constants",
     "fold-shapes",
+    "inline-if",
+    "unroll-loop",
     "no-op",
     "reshape-chain",
     "cast-chain",

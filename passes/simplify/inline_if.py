@@ -67,7 +67,7 @@ def _taken(graph: GraphView, node: NodeProto) -> tuple[GraphView | None, str]:
         return branches["then_branch" if value else "else_branch"], why
     then, other = branches["then_branch"].proto, branches["else_branch"].proto
     for view in branches.values():
-        view.settle()
+        view.settle_all()
     if are_twins(then, other, graph.model.weights):
         return branches["then_branch"], "both branches compute the same"
     return None, ""
