@@ -60,7 +60,7 @@ def example(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
 
     faulty = [absent, other] if request.param else []
 
-    monkeypatch.setattr(recipe.importlib.metadata, "entry_points", entry_points)
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
 
 
 # ---- the textual form ----
