@@ -146,7 +146,7 @@ def _check(path: Path) -> str:
 class Expected:
     """Feeds that the original runs on, of different sizes, and what comes out."""
 
-    def __init__(self, path: Path, name: str = "") -> None:
+    def __init__(self, path: Path, name: str = "", most: int = 3) -> None:
         self.feeds: list[dict[str, np.ndarray]] = []
         self.outputs: list[list[Any]] = []
         session = _session(path)
@@ -160,7 +160,7 @@ class Expected:
                 continue
             self.feeds.append(feed)
             self.outputs.append(outputs)
-            if len(self.feeds) == 3:
+            if len(self.feeds) == most:
                 break
         if not self.feeds:
             raise RuntimeError(f"{path}: no feed that the model runs on")
@@ -227,25 +227,34 @@ def _ranges(name: str) -> dict[str, list[int]]:
 def _choices(
     session: ort.InferenceSession, given: dict[str, list[int]]
 ) -> Iterator[dict[str, list[int]]]:
-    """Shapes of the inputs, the most different ones first, then what surely runs."""
-    inputs = [item for item in session.get_inputs()]
-    symbols = {dim for item in inputs for dim in item.shape if not isinstance(dim, int)}
-    order = sorted(symbols, key=str)
-    for shift in range(len(SIZES)):
-        free = {dim: SIZES[(at + shift) % len(SIZES)] for at, dim in enumerate(order)}
-        yield {
-            item.name: [
-                dim if isinstance(dim, int) else _dim(item.name, at, given, free[dim])
-                for at, dim in enumerate(item.shape)
-            ]
-            for item in inputs
+    """Shapes of the inputs, the most different ones first, then what surely runs.
+
+    Dimensions of one name are the same; then those at one place.
+    """
+    shapes = {item.name: item.shape for item in session.get_inputs()}
+    for by_place in (False, True):
+        keys = {
+            (name, at): at if by_place else dim
+            for name, shape in shapes.items()
+            for at, dim in enumerate(shape)
+            if not isinstance(dim, int)
         }
-    for batch in (1, 1):
+        order = sorted(set(keys.values()), key=str)
+        for shift in range(len(SIZES)):
+            free = {key: SIZES[(at + shift) % len(SIZES)] for at, key in enumerate(order)}
+            yield {
+                name: [
+                    dim
+                    if isinstance(dim, int)
+                    else _dim(name, at, given, free[keys[name, at]])
+                    for at, dim in enumerate(shape)
+                ]
+                for name, shape in shapes.items()
+            }
+    for _ in range(2):
         yield {
-            item.name: given.get(
-                item.name, [dim if isinstance(dim, int) else batch for dim in item.shape]
-            )
-            for item in inputs
+            name: given.get(name, [dim if isinstance(dim, int) else 1 for dim in shape])
+            for name, shape in shapes.items()
         }
 
 

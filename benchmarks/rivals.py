@@ -8,13 +8,13 @@ their defaults). Where a tool has a leaner way from file to file, that one is ta
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-CACHE = Path.home() / ".cache" / "onnxopt" / "rivals"
+from benchmarks import environments
+
+CACHE = environments.CACHE / "rivals"
 ONNX, ORT = "onnx==1.23.2", "onnxruntime==1.32.0"
 
 _ONNXSIM = """
@@ -39,13 +39,13 @@ _ONNXSCRIPT = """
 import sys, onnx_ir, onnxscript.optimizer
 model = onnx_ir.load(sys.argv[1])
 onnxscript.optimizer.optimize(model)
-lazy = any(True for v in model.graph.initializers.values()
-           if isinstance(v.const_value, onnx_ir.ExternalTensor))
+lazy = any(isinstance(value.const_value, onnx_ir.ExternalTensor)
+           for value in model.graph.initializers.values())
 onnx_ir.save(model, sys.argv[2], external_data="weights.data" if lazy else None)
 """
 _ORT = """
 import os, sys, onnxruntime as ort
-source, target, level = sys.argv[1:4]
+source, target, level = sys.argv[1:]
 options = ort.SessionOptions()
 options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
 options.optimized_model_filepath = target
@@ -89,17 +89,8 @@ class Tool:
 
     def build(self) -> None:
         """Make its environment, where it is not there with these versions."""
-        if not self.packages:
-            return
-        folder = CACHE / self.environment
-        stamp = folder / "packages.txt"
-        wanted = "\n".join(self.packages)
-        if stamp.exists() and stamp.read_text() == wanted:
-            return
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        install = [self.python(), "-m", "pip", "install", "--quiet", *self.packages]
-        subprocess.run(install, check=True)
-        stamp.write_text(wanted)
+        if self.packages:
+            environments.build(CACHE / self.environment, self.packages)
 
 
 _SLIM = ("onnxslim==0.1.98", ONNX, ORT)
