@@ -86,6 +86,8 @@ class FoldConstants(Pass):
     ) -> None:
         for group in _groups(graph, pending):
             frontier = [node for node in group if _is_frontier(graph, node, pending)]
+            if not frontier:
+                continue  # nothing reads them: dead code
             sources = _sources(graph, group)
             growth = sum(_value_bytes(graph, node) for node in frontier) - sources
             if growth > self._allowed(sources):
