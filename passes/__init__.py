@@ -22,6 +22,9 @@ _HOMES = {
     "reshape-chain": ("simplify.reshape_chain", "MergeReshapes"),
     "transpose": ("simplify.transpose", "MergeTransposes"),
     "sink-transpose": ("simplify.sink_transpose", "SinkTransposes"),
+    "inline-if": ("simplify.inline_if", "InlineIf"),
+    "inline-functions": ("simplify.inline_functions", "InlineFunctions"),
+    "share-weights": ("simplify.share_weights", "ShareWeights"),
     "cse": ("simplify.cse", "ShareCommonSubexpressions"),
     "fold-batch-norm": ("simplify.fold_batch_norm", "FoldBatchNorm"),
     "constant-chain": ("simplify.constant_chain", "MergeConstants"),
@@ -32,6 +35,7 @@ _HOMES = {
     "matmul-to-gemm": ("simplify.matmul_to_gemm", "MatMulToGemm"),
     "transpose-into-gemm": ("simplify.transpose_into_gemm", "TransposeIntoGemm"),
     "fuse-operators": ("simplify.fuse_operators", "FuseOperators"),
+    "merge-elementwise": ("simplify.merge_elementwise", "MergeElementwise"),
     "fold-qdq-weights": ("qdq.fold_qdq_weights", "FoldQdqWeights"),
     "dead-layers": ("shrink.dead_layers", "DeadLayers"),
     "zero-channels": ("shrink.zero_channels", "ZeroChannels"),
@@ -68,6 +72,8 @@ _SIMPLIFY = (
     "reshape-chain",
     "transpose",
     "sink-transpose",
+    "inline-if",
+    "share-weights",
     "cse",
     "matmul-to-gemm",
     "transpose-into-gemm",
@@ -78,7 +84,11 @@ _SIMPLIFY = (
     "constant-chain",
     "div-to-mul",
     "fuse-operators",
+    "merge-elementwise",
 )
+
+ON_REQUEST = ("inline-functions",)
+"""Passes of no recipe that comes with onnxopt: they change what a user may want kept."""
 
 _SHRINK = ("dead-layers", "zero-channels")
 

@@ -14,7 +14,7 @@ from onnxopt.errors import PassError, UsageError
 from onnxopt.graph import GraphView
 from onnxopt.manager import Context, Pass, PassManager
 from onnxopt.model import Model
-from onnxopt.passes import PASSES, PIPELINES
+from onnxopt.passes import ON_REQUEST, PASSES, PIPELINES
 from onnxopt.passes.simplify.dead_code import DeadCode
 from onnxopt.passes.simplify.fold_constants import FoldConstants
 from onnxopt.passes.simplify.identity import RemoveIdentity
@@ -218,7 +218,7 @@ def test_named_pipelines(name: str) -> None:
 
 def test_every_pass_is_in_the_default_pipeline_and_says_what_it_does() -> None:
     """Each by its own name, with a promise, and with defaults for its parameters."""
-    assert set(PIPELINES["default"]) == set(PASSES)
+    assert {*PIPELINES["default"], *ON_REQUEST} == set(PASSES)
     for name, kind in PASSES.items():
         assert (kind.name, kind()) == (name, make_pass(name))
         assert kind.guarantee in ("bitwise", "equivalent", "lossy")

@@ -6,7 +6,8 @@
 1. Cast to the type that the value has; Transpose that permutes nothing; Pad by zero;
    Concat of one; Slice of everything; Reshape, Expand, Squeeze, Unsqueeze, Flatten and
    Tile whose result has the shape of the input (symbols that are sure included).
-2. x + 0, x - 0, x * 1, x / 1 with a constant that does not broadcast x.
+2. x + 0, x - 0, x * 1, x / 1, x ** 1 (floats) with a constant that does not broadcast x.
+3. Where of one value in both cases, which the condition does not broadcast.
 
 x + 0 turns -0.0 into 0.0, and removing it keeps -0.0: equal by ==.
 """
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
 from onnxopt import attributes
 from onnxopt.edit import Edit
@@ -108,6 +109,18 @@ def _neutral(value: int, *, either: bool) -> Rule:
     return rule
 
 
+def _power(graph: GraphView, node: NodeProto) -> str | None:
+    """x ** 1; integers go through floating point, where large ones are rounded."""
+    floats = graph.dtype(node.input[0]) in (TensorProto.FLOAT, TensorProto.DOUBLE)
+    return _neutral(1, either=False)(graph, node) if floats else None
+
+
+def _where(graph: GraphView, node: NodeProto) -> str | None:
+    is_one = node.input[1] == node.input[2]
+    same = is_one and graph.same_shape(node.input[1], node.output[0])
+    return node.input[1] if same else None
+
+
 def _is_all(graph: GraphView, name: str, value: int) -> bool:
     tensor = graph.weight(name)
     if tensor is None or tensor_bytes(tensor) > MAX_SCAN:
@@ -141,6 +154,8 @@ _RULES: dict[str, Rule] = {
     "Unsqueeze": _reshape,
     "Flatten": _reshape,
     "Tile": _reshape,
+    "Where": _where,
+    "Pow": _power,
     "Add": _neutral(0, either=True),
     "Sub": _neutral(0, either=False),
     "Mul": _neutral(1, either=True),
