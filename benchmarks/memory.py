@@ -13,15 +13,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.process import Cost, measure  # noqa: E402
 
 GIB = 1 << 30
 CHUNK = 1 << 20
@@ -29,32 +34,6 @@ WIDTH = 4096
 CHANNELS = 1024
 LIMIT_MB = 200.0
 """What the run may need at most."""
-
-_MEASURE = """
-import json, resource, subprocess, sys
-done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL)
-use = resource.getrusage(resource.RUSAGE_CHILDREN)
-print(json.dumps([done.returncode, use.ru_maxrss, use.ru_utime + use.ru_stime]))
-"""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Peak resident memory (MB of 10^6 bytes) and CPU seconds of one process."""
-
-    what: str
-    peak_mb: float
-    cpu_seconds: float
-
-
-def measure(what: str, command: Sequence[str]) -> Cost:
-    """Run a command from a small process: a child starts with its parent's peak."""
-    outer = [sys.executable, "-c", _MEASURE, *command]
-    done = subprocess.run(outer, capture_output=True, text=True, check=True)
-    code, kib, seconds = json.loads(done.stdout)
-    if code:
-        raise RuntimeError(f"{' '.join(command)}: exit code {code}: {done.stderr}")
-    return Cost(what, kib * 1024 / 1e6, seconds)
 
 
 def simplify_cost(folder: Path, gib: float = 2.25) -> tuple[list[Cost], str]:
@@ -91,15 +70,17 @@ class _Weights:
         self._file.close()
 
     def add(self, name: str, dims: Sequence[int]) -> str:
+        """Of such a size that a product with them has the variance of its input."""
         tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=dims)
         tensor.data_location = TensorProto.EXTERNAL
         count, offset = int(np.prod(dims)), self._file.tell()
+        scale = np.float32(math.sqrt(12 / math.prod(dims[1:])) if dims[1:] else 1)
         entries = {"location": self.name, "offset": offset, "length": count * 4}
         for key, value in entries.items():
             tensor.external_data.add(key=key, value=str(value))
         for start in range(0, count, CHUNK):
             values = self._random.random(min(CHUNK, count - start), np.float32)
-            self._file.write((values - np.float32(0.5)).tobytes())
+            self._file.write(((values - np.float32(0.5)) * scale).tobytes())
         self.tensors.append(tensor)
         return name
 
@@ -111,13 +92,14 @@ def write_model(path: Path, gib: float) -> int:
     convs = max(2, round(gib * 0.25 * GIB / (4 * 9 * CHANNELS * CHANNELS)))
     nodes = _matmuls(weights, matmuls) + _convs(weights, convs)
     weights.close()
-    shape = numpy_helper.from_array(np.array([0, CHANNELS, 2, 2]), "shape")
+    first = numpy_helper.from_array(np.array([0]), "first")
+    rest = numpy_helper.from_array(np.array([CHANNELS, 2, 2]), "rest")
     graph = helper.make_graph(
         nodes,
         "large",
         [helper.make_tensor_value_info("x0", TensorProto.FLOAT, ["N", WIDTH])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", CHANNELS, 2, 2])],
-        [*weights.tensors, shape],
+        [*weights.tensors, first, rest],
     )
     model = helper.make_model(
         graph, ir_version=9, opset_imports=[helper.make_opsetid("", 17)]
@@ -139,8 +121,13 @@ def _matmuls(weights: _Weights, count: int) -> list[NodeProto]:
             helper.make_node("Neg", [f"c{index}"], [f"n{index}"]),
             helper.make_node("Add", [f"i{index}", f"n{index}"], [f"x{index + 1}"]),
         ]
-    nodes.append(helper.make_node("Reshape", [f"x{count}", "shape"], ["z0"]))
-    return nodes
+    return [
+        *nodes,
+        helper.make_node("Shape", [f"x{count}"], ["sizes"]),
+        helper.make_node("Gather", ["sizes", "first"], ["batch"]),
+        helper.make_node("Concat", ["batch", "rest"], ["shape"], axis=0),
+        helper.make_node("Reshape", [f"x{count}", "shape"], ["z0"]),
+    ]
 
 
 def _convs(weights: _Weights, count: int) -> list[NodeProto]:

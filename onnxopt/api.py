@@ -1,4 +1,8 @@
-"""The verbs as functions: a model in, a proven model and a report out."""
+"""The verbs as functions: a model in, a proven model and a report out.
+
+What makes feeds, runs models and judges them is imported where it is used: a run without
+validation is done in less time than it takes to import that.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,16 @@ import tempfile
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Unpack, cast
+from typing import TYPE_CHECKING, Any, Literal, Unpack, cast
 
 import msgspec
 import onnx
 from onnx import ModelProto
 
-from onnxopt import data, facts, prepare, recipe
+from onnxopt import facts, recipe
 from onnxopt import target as targets
 from onnxopt.errors import (
+    AbsentProviderError,
     OnnxoptError,
     ProviderError,
     UsageError,
@@ -35,12 +40,13 @@ from onnxopt.report import (
     Validation,
     not_judged,
 )
-from onnxopt.runtime import provider_name, provider_options
 from onnxopt.save import Staged, fits_in_protobuf, stage, to_proto
 from onnxopt.settings import Options, ValidationOptions
 from onnxopt.validation import interface
-from onnxopt.validation.judge import AbsentProviderError, Budget, judge
-from onnxopt.validation.placement import ProviderTime, target_notes
+
+if TYPE_CHECKING:
+    from onnxopt.data import Feeds
+    from onnxopt.validation.placement import ProviderTime
 
 OnFailure = Literal["raise", "return", "rollback"]
 MAX_WRONG = 8
@@ -256,7 +262,7 @@ class Job:
                     self, report, reference, target, keep, feeds, ends, original
                 )
 
-    def _feeds(self, original: Model) -> data.Feeds | None:
+    def _feeds(self, original: Model) -> Feeds | None:
         judged = self.options.get("validate", True)
         if not judged and self.data is None:
             return None
@@ -287,7 +293,7 @@ class Attempts:
     reference: Path
     target: Path
     keep: list[Path]
-    feeds: data.Feeds | None
+    feeds: Feeds | None
     ends: interface.Interface
     opened: Model | None
     history: list[Edited] = field(default_factory=list)
@@ -321,7 +327,7 @@ class Attempts:
         try:
             report.passes = model.ledger.reports()
             report.notes = list(model.notes)
-            report.notes += target_notes(self.job.target.name, staged.path)
+            report.notes += _target_notes(self.job.target.name, staged.path)
             made = Model.open(staged.path)
             report.output = facts.of_staged(made, staged)
             if self.feeds is not None:
@@ -368,12 +374,17 @@ class Attempts:
             self.report.validation = _as_failed(self.report.validation, problem)
 
     def _prepared(self, model: Model) -> Model:
-        if self.job.options.get("freeze_inputs"):
-            model = prepare.freeze_inputs(model)
+        freeze = self.job.options.get("freeze_inputs")
         shapes = self.job.options.get("fix_shapes")
+        opset = self.job.options.get("opset")
+        if not (freeze or shapes or opset is not None):
+            return model
+        from onnxopt import prepare
+
+        if freeze:
+            model = prepare.freeze_inputs(model)
         if shapes:
             model = prepare.fix_shapes(model, shapes)
-        opset = self.job.options.get("opset")
         if opset is not None:
             model = prepare.raise_opset(model, opset)
         return model
@@ -490,18 +501,25 @@ def _check_options(options: Options) -> None:
         *(options.get("providers") or ()),
         *(options.get("require_providers") or ()),
     )
-    for provider in wanted:
-        provider_name(provider)
-        provider_options(provider)
+    if wanted:
+        from onnxopt.runtime import provider_name, provider_options
+
+        for provider in wanted:
+            provider_name(provider)
+            provider_options(provider)
     metric = options.get("metric")
     if metric is not None:
-        data.load_function(metric)
+        from onnxopt.data import load_function
+
+        load_function(metric)
     elif options.get("max_drop") is not None:
         raise UsageError("--max-drop needs --metric script.py:function")
 
 
-def _feeds(model: Model, spec: Any, options: Options) -> data.Feeds:
+def _feeds(model: Model, spec: Any, options: Options) -> Feeds:
     """The feeds that `spec` names, else made-up ones, for the inputs of `model`."""
+    from onnxopt import data
+
     inputs = data.input_specs(model.proto)
     if spec is not None:
         return data.load_feeds(spec, inputs, options.get("batch_size"))
@@ -513,7 +531,7 @@ def _feeds(model: Model, spec: Any, options: Options) -> data.Feeds:
 
 def _judge(
     paths: tuple[Path, Path],
-    feeds: data.Feeds,
+    feeds: Feeds,
     options: Options,
     guarantees: Set[Guarantee] = frozenset({"equivalent"}),
 ) -> Validation:
@@ -521,6 +539,8 @@ def _judge(
 
     `guarantees`: those of the passes that fired, by which the candidate is judged.
     """
+    from onnxopt.validation.judge import Budget, judge
+
     budget = Budget(
         min_sqnr=options.get("min_sqnr"),
         rtol=options.get("rtol"),
@@ -542,6 +562,15 @@ def _judge(
         seed=options.get("seed", 0),
         time_observer=options.get("time_observer"),
     )
+
+
+def _target_notes(target: str, path: Path) -> list[str]:
+    """What a model for `target` should expect of it."""
+    if target != "ort-cuda":
+        return []
+    from onnxopt.validation.placement import target_notes
+
+    return target_notes(path)
 
 
 def _default_providers(options: Options) -> tuple[str, ...]:

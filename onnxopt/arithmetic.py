@@ -1,8 +1,10 @@
-"""Small constant arithmetic in NumPy, with the semantics of each operator's version.
+"""Constant arithmetic in NumPy, with the semantics of each operator's version.
 
 It serves the shape computations that exporters leave behind (Shape, Gather, Concat,
-Slice...): too many and too small to be worth a session. Only operations whose result
-is exact and the same everywhere are here; the rest is ONNX Runtime's.
+Slice...), and weights that are only moved or scaled (Transpose, Reshape, Mul...): a
+session costs more than most of them. Only operations whose result is exact and the same
+everywhere are here, those on floats being the ones that IEEE 754 rounds correctly; the
+rest is ONNX Runtime's.
 """
 
 from __future__ import annotations
@@ -38,24 +40,37 @@ class Unsupported(Exception):  # noqa: N818 - says "not by me", and another eval
     """The table has no certain answer."""
 
 
-def evaluate(node: NodeProto, inputs: Inputs, opset: int) -> Array | None:
+_MOVES = {"Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+"""What hands all elements of its first input on."""
+
+
+def evaluate(
+    node: NodeProto, inputs: Inputs, opset: int, most: int = MAX_ELEMENTS
+) -> Array | None:
     """The value of the one output of `node`; None where this table does not know it.
 
-    `inputs` are arrays in slot order, None for an absent optional input.
+    `inputs` are arrays in slot order, None for an absent optional input; no array may
+    have more than `most` elements.
     """
     rule = _RULES.get(node.op_type)
     if rule is None or len(node.output) != 1:
         return None
-    if any(array is not None and array.size > MAX_ELEMENTS for array in inputs):
+    if any(array is not None and array.size > most for array in inputs):
         return None
-    if any(array is not None and array.dtype.kind not in "iufb" for array in inputs):
+    if not _are_computable(node, inputs):
         return None
     try:
         with np.errstate(all="ignore"):
             result = np.asarray(rule(node, inputs, opset))
     except (Unsupported, ValueError, IndexError, TypeError, AttributeError):
         return None  # ill-formed for NumPy: whoever runs the model will say why
-    return result if result.size <= MAX_ELEMENTS else None
+    return result if result.size <= most else None
+
+
+def _are_computable(node: NodeProto, inputs: Inputs) -> bool:
+    """Numbers and truths that NumPy has itself; what only moves may be of any type."""
+    kinds = "iufbV" if node.op_type in _MOVES else "iufb"
+    return all(array is None or array.dtype.kind in kinds for array in inputs)
 
 
 def move(node: NodeProto, inputs: Inputs, opset: int) -> Array | None:
@@ -120,6 +135,16 @@ def _mod(node: NodeProto, inputs: Any, opset: int) -> Array:
     _require_divisible(left, right)
     modulo = np.fmod if attributes.get(node, "fmod", 0) else np.mod
     return np.asarray(modulo(left, right))
+
+
+def _exact(function: Callable[..., Any]) -> Rule:
+    """On the floats that IEEE 754 rounds correctly, and processors as it says."""
+
+    def rule(node: NodeProto, inputs: Any, opset: int) -> Array:
+        _require(inputs[0].dtype in (np.float32, np.float64))
+        return np.asarray(function(inputs[0]), dtype=inputs[0].dtype)
+
+    return rule
 
 
 def _unary(function: Callable[..., Any]) -> Rule:
@@ -259,6 +284,7 @@ def _reduce(function: Callable[..., Any]) -> Rule:
 
 def _require_no_overflow(op_type: str, array: Array) -> None:
     """ONNX Runtime's sums and products of integers saturate; the table's would wrap."""
+    _require(array.size <= MAX_ELEMENTS)
     sizes = [abs(int(item)) for item in array.flat]
     most = {"ReduceSum": sum(sizes), "ReduceProd": math.prod(item or 1 for item in sizes)}
     _require(most.get(op_type, 0) <= np.iinfo(array.dtype).max)
@@ -310,10 +336,12 @@ _RULES: dict[str, Rule] = {
     "ReduceMin": _reduce(np.min),
     "ReduceProd": _reduce(np.prod),
     "ReduceSum": _reduce(np.sum),
+    "Reciprocal": _exact(lambda array: 1 / array),
     "Reshape": _reshape,
     "Shape": _shape,
     "Size": _flat_size,
     "Slice": _slice,
+    "Sqrt": _exact(np.sqrt),
     "Squeeze": _squeeze,
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,

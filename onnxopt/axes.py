@@ -82,9 +82,7 @@ def axes_of(graph: GraphView, node: NodeProto, slot: int = 1) -> list[int] | Non
 
 def same_dim(graph: GraphView, first: int | str | None, second: int | str | None) -> bool:
     """Whether two dims are surely equal."""
-    if first is None or first != second:
-        return False
-    return True
+    return first is not None and first == second
 
 
 def moves_only_ones(perm: Sequence[int], shape: Shape) -> bool:

@@ -11,21 +11,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onnx import (
     AttributeProto,
     FunctionProto,
     GraphProto,
     NodeProto,
+    SparseTensorProto,
     TensorProto,
     helper,
 )
 
 from onnxopt import attributes, operators
 from onnxopt.graph import GraphView, Read, constant_value
+from onnxopt.inlining import Content
 from onnxopt.ledger import FORBIDDEN
 from onnxopt.weights import Array, attribute_tensors, tensor_bytes
+
+if TYPE_CHECKING:
+    from onnxopt.model import Model
 
 
 class Refused(Exception):  # noqa: N818 - a signal inside this module, not an error
@@ -126,6 +131,38 @@ class Edit:
         """
         self._check_own(node)
         self._steps.append(lambda j: j.bypass(self.graph, node, values))
+
+    def adopt(self, content: Content) -> None:
+        """Put the content of another scope (see `onnxopt.inlining`) before the node.
+
+        What of it nothing reads goes again.
+        """
+        self._steps.append(lambda j: j.adopt(self.graph, content, self.node))
+
+    def hand_on(self, olds: Sequence[str], news: Sequence[str]) -> None:
+        """Let who reads the outputs `olds` of the erased node read other values instead.
+
+        Where the old name must stay, as an output, an Identity makes it.
+        """
+        for old, new in zip(olds, news, strict=False):
+            if not old or old == new:
+                continue
+            if self.graph.is_output(old) or self.graph.is_pinned(old):
+                self.insert("Identity", [new], [old])
+            else:
+                self.redirect(old, new)
+
+    def redirect(self, old: str, new: str) -> None:
+        """Let all who read `old`, which is no output, read `new` instead."""
+        self._steps.append(lambda j: j.redirect(self.graph, old, new))
+
+    def import_domain(self, domain: str, version: int) -> None:
+        """Let the model import a domain that it has not imported so far."""
+        self._steps.append(lambda j: j.import_domain(self.graph.model, domain, version))
+
+    def drop_function(self, function: GraphView) -> None:
+        """Remove a local function that nothing calls."""
+        self._steps.append(lambda j: j.drop_function(function))
 
     def set_input(self, node: NodeProto, index: int, name: str) -> None:
         """Let input `index` of `node` read `name`; slots before it are filled with ""."""
@@ -281,9 +318,10 @@ class _Journal:
             return  # a sweep, or an earlier step, was here before
         rank = view._rank[id(node)]
         children = view._children.get(id(node), [])
+        passed = [item for child in children for item in child.passed()]
         reads = self._detach(view, node)
         self.undo.append(lambda: self._reattach(view, node, rank, children, reads))
-        lost = [(read.home, read.name) for read in reads]
+        lost = [(read.home, read.name) for read in reads] + passed
         self.freed += lost
         self.relieved += lost
         self.undefined += [(view, name) for name in node.output if name]
@@ -312,6 +350,7 @@ class _Journal:
         self._attach(view, node, rank)
         if children:
             view._children[id(node)] = list(children)
+            _count_passed(children, 1)
         for read in reads:
             read.put_back()
 
@@ -321,6 +360,7 @@ class _Journal:
                 del view._producer[name]
                 view._gone.add(name)
         reads = view.drop_reads(node)
+        _count_passed(view.children_of(node), -1)
         view._children.pop(id(node), None)
         del view._nodes[id(node)]
         view._delist(node)
@@ -429,23 +469,67 @@ class _Journal:
 
     def bypass(self, view: GraphView, node: NodeProto, values: Mapping[str, str]) -> None:
         for old, new in values.items():
-            if old in view._pinned:
-                raise Refused(f"{old!r} is passed through by an inner scope")
-            for use in view.uses(old):
-                if use.view.home(new) is not view.home(new):
-                    raise Refused(f"{new!r} means another value in an inner scope")
-                self.set_input(use.view, use.node, use.index, new)
+            self.redirect(view, old, new)
         self.erase(view, node)
         for old, new in values.items():
             if view.is_output(old):
                 self._rename(view, new, old)
+
+    def redirect(self, view: GraphView, old: str, new: str) -> None:
+        if view.is_pinned(old):
+            raise Refused(f"{old!r} is passed through by an inner scope")
+        for use in view.uses(old):
+            if use.view.home(new) is not view.home(new):
+                raise Refused(f"{new!r} means another value in an inner scope")
+            self.set_input(use.view, use.node, use.index, new)
+
+    def adopt(self, view: GraphView, content: Content, anchor: NodeProto) -> None:
+        for tensor in content.weights:
+            self.add_weight(view, tensor, anchor)
+            self.freed.append((view, tensor.name))
+        for sparse in content.sparse:
+            self._add_sparse(view, sparse)
+        for node in content.nodes:
+            self.insert(view, node, anchor)
+            self.freed += [(view, name) for name in node.output if name]
+        self._append(view.proto.value_info, content.value_info)
+        if isinstance(view.proto, GraphProto) and content.annotations:
+            self._append(view.proto.quantization_annotation, content.annotations)
+            pinned = content.annotated() - view._pinned
+            view._pinned |= pinned
+            self.undo.append(lambda: view._pinned.difference_update(pinned))
+
+    def _add_sparse(self, view: GraphView, sparse: SparseTensorProto) -> None:
+        assert isinstance(view.proto, GraphProto)
+        name = sparse.values.name
+        if view.home(name) is view:
+            raise EditError(f"{name!r} is defined already")
+        self._append(view.proto.sparse_initializer, [sparse])
+        view._given.add(name)
+        self.undo.append(lambda: view._given.discard(name))
+
+    def import_domain(self, model: Model, domain: str, version: int) -> None:
+        entry = helper.make_opsetid(domain, version)
+        self._append(model.proto.opset_import, [entry])
+
+    def drop_function(self, function: GraphView) -> None:
+        function.model.drop_function(function)
+        self.bytes -= function.proto.ByteSize()
+        self.undo.append(lambda: function.model.restore_function(function))
+
+    def _append(self, items: Any, new: Sequence[Any]) -> None:
+        """Extend a repeated field whose order is nobody's business."""
+        length = len(items)
+        items.extend(new)
+        self.bytes += sum(item.ByteSize() for item in new)
+        self.undo.append(lambda: items.__delitem__(slice(length, None)))
 
     def _rename(self, view: GraphView, old: str, new: str) -> None:
         """Let the producer of `old` make the scope's output `new` instead."""
         maker = view.producer(old)
         if maker is None:
             raise Refused(f"output {new!r} would be an input or a constant of the graph")
-        if view.is_output(old) or old in view._pinned:
+        if view.is_output(old) or view.is_pinned(old):
             raise Refused(f"output {new!r} would be the same value as {old!r}")
         if any(use.view.home(new) not in (None, view) for use in view.uses(old)):
             raise Refused(f"{new!r} means another value in an inner scope")
@@ -596,6 +680,13 @@ class _Journal:
                 continue  # every dependency agrees with the ranks
             if view.is_out_of_order(node) and view.depends_on_itself(node):
                 raise Refused(f"{view.label(node)} would depend on itself")
+
+
+def _count_passed(children: Iterable[GraphView], number: int) -> None:
+    """Note in the scopes around that inner scopes pass their values on, or no longer."""
+    for child in children:
+        for home, name in child.passed():
+            home._captured[name] += number
 
 
 def _check_exists(view: GraphView, op_type: str, domain: str) -> None:

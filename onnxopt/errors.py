@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from onnxopt.report import Report
+    from onnxopt.report import Report, Validation
 
 
 class OnnxoptError(Exception):
@@ -37,6 +37,14 @@ class ProviderError(OnnxoptError):
     """No requested execution provider can be used, or a required one is absent."""
 
     exit_code = 4
+
+
+class AbsentProviderError(ProviderError):
+    """A required provider, or every requested one, is absent; `validation` says so."""
+
+    def __init__(self, message: str, validation: Validation) -> None:
+        super().__init__(message)
+        self.validation = validation
 
 
 class ValidationError(OnnxoptError):

@@ -7,6 +7,7 @@ ORT_DISABLE_ALL: the same kernels that would compute the value at run time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from google.protobuf.message import EncodeError
@@ -14,8 +15,10 @@ from onnx import ModelProto, NodeProto, ValueInfoProto, helper
 
 from onnxopt.errors import ProviderError, SessionError, WorkerError
 from onnxopt.graph import GraphView
-from onnxopt.runtime import Worker
 from onnxopt.weights import Array
+
+if TYPE_CHECKING:
+    from onnxopt.runtime import Worker
 
 MEMORY_LIMIT = 2 << 30
 
@@ -28,13 +31,23 @@ class Evaluator:
     """Computes the outputs of models without inputs; a context manager."""
 
     def __init__(self, timeout: float = 600.0) -> None:
-        self._worker = Worker(timeout=timeout, memory_limit=MEMORY_LIMIT)
+        self._timeout = timeout
+        self._worker: Worker | None = None
 
     def __enter__(self) -> Evaluator:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._worker.close()
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    def _started(self) -> Worker:
+        if self._worker is None:
+            from onnxopt.runtime import Worker  # most models need no worker
+
+            self._worker = Worker(timeout=self._timeout, memory_limit=MEMORY_LIMIT)
+        return self._worker
 
     def evaluate(self, model: ModelProto) -> dict[str, Array]:
         """The outputs of `model`, by name. Raises EvaluationError.
@@ -43,7 +56,7 @@ class Evaluator:
         """
         names = [value.name for value in model.graph.output]
         try:
-            session = self._worker.load(_serialized(model))
+            session = self._started().load(_serialized(model))
             try:
                 values = session.run({})
             finally:

@@ -8,7 +8,7 @@ so that a pass revisits only those.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, MutableSequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -78,6 +78,8 @@ class GraphView:
         self._given: set[str] = set()
         self._outputs: dict[str, int] = {}
         self._pinned: set[str] = set()
+        self._captured: Counter[str] = Counter()  # by inner scopes, as their outputs
+        self._passed: list[tuple[GraphView, str]] = []  # outer values that are outputs
         self._uses: dict[str, dict[tuple[int, int], Use]] = {}
         self._dead: dict[int, NodeProto | TensorProto] = {}
         self._gone: set[str] = set()
@@ -132,16 +134,17 @@ class GraphView:
 
     def is_pinned(self, name: str) -> bool:
         """Whether something besides nodes and outputs refers to `name`."""
-        return name in self._pinned
+        return name in self._pinned or self._captured[name] > 0
 
     def is_used(self, name: str) -> bool:
         """Whether anything at all depends on `name`."""
-        return bool(self._uses.get(name)) or name in self._outputs or name in self._pinned
+        read = bool(self._uses.get(name)) or name in self._outputs
+        return read or self.is_pinned(name)
 
     def only_use(self, name: str) -> Use | None:
         """The one reader of `name`, None where others (an output too) depend on it."""
         uses = self._uses.get(name, {})
-        if len(uses) != 1 or name in self._outputs or name in self._pinned:
+        if len(uses) != 1 or name in self._outputs or self.is_pinned(name):
             return None
         return next(iter(uses.values()))
 
@@ -345,6 +348,12 @@ class GraphView:
             self.proto.node.sort(key=lambda node: self._rank[id(node)])
         self._unordered = self._misplaced = False
 
+    def settle_all(self) -> None:
+        """`settle` this scope and those inside it."""
+        self.settle()
+        for child in self.children():
+            child.settle_all()
+
     # ---- the index ----
 
     def _index(self) -> None:
@@ -386,7 +395,8 @@ class GraphView:
         if home is None:
             raise InvalidModelError(f"{self.scope}: nothing makes its output {name!r}")
         if home is not self:
-            home._pinned.add(name)
+            home._captured[name] += 1
+            self._passed.append((home, name))
             maker = home._producer.get(name)
             if maker is not None and self.owner is not None:
                 _, owner = next(pair for pair in self.enclosing() if pair[0] is home)
@@ -443,6 +453,12 @@ class GraphView:
         for child in self._children.get(id(node), ()):
             found += [self.drop_use(*slot) for slot in child.slots()]
         return [read for read in found if read is not None]
+
+    def passed(self) -> Iterator[tuple[GraphView, str]]:
+        """Values of outer scopes, with these, that are outputs here or inside."""
+        yield from self._passed
+        for child in self.children():
+            yield from child.passed()
 
     def slots(self) -> Iterator[tuple[NodeProto, int]]:
         """Every node input here and inside that reads something."""

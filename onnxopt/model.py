@@ -57,6 +57,8 @@ class Model:
             GraphView(self, function, f"function {function.domain}::{function.name}")
             for function in proto.functions
         ]
+        self._bodies = {_key(view.proto): view for view in self.functions}
+        self._dropped: list[FunctionProto] = []
         self.main.pin(checks.trained_names(proto))
         for view in self.views():
             if view.is_unordered:
@@ -132,6 +134,10 @@ class Model:
         """Bring the protobuf of every scope in order."""
         for view in self.views():
             view.settle()
+        for index in range(len(self.proto.functions) - 1, -1, -1):
+            if any(self.proto.functions[index] is gone for gone in self._dropped):
+                del self.proto.functions[index]
+        self._dropped.clear()
 
     def opset(self, view: GraphView, domain: str = "") -> int:
         """The operator set version that `view` imports for `domain`; 0 where none."""
@@ -147,9 +153,23 @@ class Model:
         """Whether `node` calls a model-local function."""
         return bool(self._functions) and _key(node) in self._functions
 
-    def function(self, node: NodeProto) -> FunctionProto | None:
-        """The model-local function that `node` calls; None where it calls none."""
-        return self._functions.get(_key(node)) if self._functions else None
+    def function(self, node: NodeProto) -> GraphView | None:
+        """The body of the local function that `node` calls; None for all other nodes."""
+        return self._bodies.get(_key(node)) if self._bodies else None
+
+    def drop_function(self, view: GraphView) -> None:
+        """Take a local function out of the model; `Edit` is the way to do it."""
+        key = _key(view.proto)
+        self.functions.remove(view)
+        del self._functions[key], self._bodies[key]
+        self._dropped.append(view.proto)
+
+    def restore_function(self, view: GraphView) -> None:
+        """Undo `drop_function`."""
+        key = _key(view.proto)
+        self.functions.append(view)
+        self._functions[key], self._bodies[key] = view.proto, view
+        self._dropped.pop()
 
     def is_pure(self, node: NodeProto) -> bool:
         """Whether running `node` has no effect but its outputs.

@@ -14,18 +14,19 @@ names it.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-import yaml
 
 from onnxopt.errors import UsageError
 from onnxopt.manager import Pass
 from onnxopt.passes import PASSES, PIPELINES
+
+if TYPE_CHECKING:
+    import importlib.metadata
 
 Step = str | dict[str, dict[str, Any] | None]
 
@@ -48,6 +49,8 @@ def pass_table() -> dict[str, type[Pass]]:
 
 
 def _entries() -> dict[str, importlib.metadata.EntryPoint]:
+    import importlib.metadata  # slow, and seldom needed
+
     found = importlib.metadata.entry_points(group="onnxopt.passes")
     return {entry.name: entry for entry in found}
 
@@ -85,10 +88,17 @@ def make_pass(name: str, parameters: Mapping[str, Any] | None = None) -> Pass:
                 f"pass {name!r} has no parameter {key!r}"
                 + (f"; it has {', '.join(sorted(known))}" if known else "")
             )
+    if not values and not any(_is_required(item) for item in dataclasses.fields(kind)):
+        return kind()
     try:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
         raise UsageError(f"pass {name!r}: {error}") from None
+
+
+def _is_required(item: dataclasses.Field[Any]) -> bool:
+    missing = dataclasses.MISSING
+    return item.default is missing and item.default_factory is missing
 
 
 def parse_pipeline(text: str) -> list[Pass]:
@@ -104,6 +114,8 @@ def parse_pipeline(text: str) -> list[Pass]:
 
 
 def _parameters(text: str) -> dict[str, Any]:
+    import yaml  # slow, and seldom needed
+
     values: dict[str, Any] = {}
     for item in re.findall(r"[^\s,]+", text):
         key, equals, value = item.partition("=")
@@ -125,6 +137,8 @@ def load_recipe(name: str) -> tuple[list[Pass], Recipe]:
         raise UsageError(
             f"unknown recipe {name!r}; there are {', '.join(PIPELINES)}, or a .yaml file"
         )
+    import yaml  # slow, and seldom needed
+
     try:
         recipe = msgspec.convert(yaml.safe_load(path.read_text("utf-8")), Recipe)
     except OSError as error:

@@ -246,6 +246,14 @@ class WeightStore:
         for start in range(0, length, CHUNK):
             yield source.read(where.offset + start, min(CHUNK, length - start))
 
+    def head(self, tensor: TensorProto, size: int) -> bytes:
+        """The first `size` bytes of the raw payload, or all where there are fewer."""
+        where = place(tensor)
+        if where is None:
+            return next(self.chunks(tensor))[:size]
+        length = min(size, tensor_bytes(tensor))
+        return self._open(tensor, where).read(where.offset, length)
+
     def array(self, tensor: TensorProto) -> Array:
         """The tensor as an array of its own dtype (ml_dtypes where NumPy has none).
 

@@ -5,69 +5,92 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator, Mapping
+
 if not __name__.startswith("onnxopt."):
     raise ImportError("import onnxopt.passes, not passes: the folder is linked into it")
 
 from onnxopt.manager import Pass
-from onnxopt.passes.qdq.fold_qdq_weights import FoldQdqWeights
-from onnxopt.passes.shrink.dead_layers import DeadLayers
-from onnxopt.passes.shrink.zero_channels import ZeroChannels
-from onnxopt.passes.simplify.constant_chain import MergeConstants
-from onnxopt.passes.simplify.cse import ShareCommonSubexpressions
-from onnxopt.passes.simplify.dead_code import DeadCode
-from onnxopt.passes.simplify.div_to_mul import DivToMul
-from onnxopt.passes.simplify.fold_batch_norm import FoldBatchNorm
-from onnxopt.passes.simplify.fold_constants import FoldConstants
-from onnxopt.passes.simplify.fold_gather import FoldGather
-from onnxopt.passes.simplify.fold_pad import FoldPad
-from onnxopt.passes.simplify.fold_scale import FoldScale
-from onnxopt.passes.simplify.fold_shapes import FoldShapes
-from onnxopt.passes.simplify.fuse_operators import FuseOperators
-from onnxopt.passes.simplify.identity import RemoveIdentity
-from onnxopt.passes.simplify.matmul_to_gemm import MatMulToGemm
-from onnxopt.passes.simplify.no_op import RemoveNoOp
-from onnxopt.passes.simplify.reshape_chain import MergeReshapes
-from onnxopt.passes.simplify.sink_transpose import SinkTransposes
-from onnxopt.passes.simplify.transpose import MergeTransposes
-from onnxopt.passes.simplify.transpose_into_gemm import TransposeIntoGemm
 
-PASSES: dict[str, type[Pass]] = {
-    kind.name: kind
-    for kind in (
-        DeadCode,
-        RemoveIdentity,
-        RemoveNoOp,
-        FoldConstants,
-        FoldShapes,
-        MergeReshapes,
-        MergeTransposes,
-        SinkTransposes,
-        ShareCommonSubexpressions,
-        FoldBatchNorm,
-        MergeConstants,
-        DivToMul,
-        FoldGather,
-        FoldPad,
-        FoldScale,
-        MatMulToGemm,
-        TransposeIntoGemm,
-        FuseOperators,
-        FoldQdqWeights,
-        DeadLayers,
-        ZeroChannels,
-    )
+_HOMES = {
+    "dead-code": ("simplify.dead_code", "DeadCode"),
+    "identity": ("simplify.identity", "RemoveIdentity"),
+    "cast-like": ("simplify.cast_like", "CastLikeToCast"),
+    "split-sequence": ("simplify.split_sequence", "SplitSequence"),
+    "inline-if": ("simplify.inline_if", "InlineIf"),
+    "unroll-loop": ("simplify.unroll_loop", "UnrollLoop"),
+    "inline-functions": ("simplify.inline_functions", "InlineFunctions"),
+    "fold-constants": ("simplify.fold_constants", "FoldConstants"),
+    "fold-shapes": ("simplify.fold_shapes", "FoldShapes"),
+    "no-op": ("simplify.no_op", "RemoveNoOp"),
+    "cast-chain": ("simplify.cast_chain", "MergeCasts"),
+    "reshape-chain": ("simplify.reshape_chain", "MergeReshapes"),
+    "transpose": ("simplify.transpose", "MergeTransposes"),
+    "sink-transpose": ("simplify.sink_transpose", "SinkTransposes"),
+    "slice-chain": ("simplify.slice_chain", "MergeSlices"),
+    "concat-chain": ("simplify.concat_chain", "MergeConcats"),
+    "expand-broadcast": ("simplify.expand_broadcast", "DropExpands"),
+    "share-weights": ("simplify.share_weights", "ShareWeights"),
+    "cse": ("simplify.cse", "ShareCommonSubexpressions"),
+    "fuse-operators": ("simplify.fuse_operators", "FuseOperators"),
+    "merge-elementwise": ("simplify.merge_elementwise", "MergeElementwise"),
+    "matmul-to-gemm": ("simplify.matmul_to_gemm", "MatMulToGemm"),
+    "transpose-into-gemm": ("simplify.transpose_into_gemm", "TransposeIntoGemm"),
+    "fold-pad": ("simplify.fold_pad", "FoldPad"),
+    "fold-batch-norm": ("simplify.fold_batch_norm", "FoldBatchNorm"),
+    "fold-scale": ("simplify.fold_scale", "FoldScale"),
+    "fold-gather": ("simplify.fold_gather", "FoldGather"),
+    "constant-chain": ("simplify.constant_chain", "MergeConstants"),
+    "div-to-mul": ("simplify.div_to_mul", "DivToMul"),
+    "fold-qdq-weights": ("qdq.fold_qdq_weights", "FoldQdqWeights"),
+    "dead-layers": ("shrink.dead_layers", "DeadLayers"),
+    "zero-channels": ("shrink.zero_channels", "ZeroChannels"),
 }
+"""Where each pass lies: its module in this package, and its class."""
+
+
+class _Passes(Mapping[str, type[Pass]]):
+    """The passes by name, each imported when it is looked up: many runs need a few."""
+
+    def __getitem__(self, name: str) -> type[Pass]:
+        module, kind = _HOMES[name]
+        found: type[Pass] = getattr(importlib.import_module(f"{__name__}.{module}"), kind)
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in _HOMES
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_HOMES)
+
+    def __len__(self) -> int:
+        return len(_HOMES)
+
+
+PASSES: Mapping[str, type[Pass]] = _Passes()
 
 _SIMPLIFY = (
     "dead-code",
     "identity",
+    "cast-like",
+    "split-sequence",
+    "inline-if",
+    "unroll-loop",
     "fold-constants",
     "fold-shapes",
     "no-op",
+    "cast-chain",
     "reshape-chain",
     "transpose",
     "sink-transpose",
+    "slice-chain",
+    "concat-chain",
+    "expand-broadcast",
+    "share-weights",
     "cse",
+    "fuse-operators",
+    "merge-elementwise",
     "matmul-to-gemm",
     "transpose-into-gemm",
     "fold-pad",
@@ -76,7 +99,6 @@ _SIMPLIFY = (
     "fold-gather",
     "constant-chain",
     "div-to-mul",
-    "fuse-operators",
 )
 
 _SHRINK = ("dead-layers", "zero-channels")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from random import Random
 
 import numpy as np
@@ -27,6 +29,7 @@ class Builder:
     nodes: list[NodeProto] = field(default_factory=list)
     weights: list[TensorProto] = field(default_factory=list)
     count: list[int] = field(default_factory=lambda: [0])
+    opset: int = 17
 
     # ---- values ----
 
@@ -85,6 +88,16 @@ class Builder:
         if kind == 5 and len(dims) == 2:
             name = self.raw("Transpose", [name], perm=[0, 1])
         return name
+
+    def scalar(self, number: float) -> str:
+        """A constant of rank 0."""
+        return self.constant(np.array(number, np.float32))
+
+    def reduce(self, op_type: str, name: str, **attributes: object) -> str:
+        """A reduction over the last axis, of which a 1 stays, for the caller alone."""
+        if self.opset >= (13 if op_type == "ReduceSum" else 18):
+            return self.raw(op_type, [name, self.ints(-1)], **attributes)
+        return self.raw(op_type, [name], axes=[-1], **attributes)
 
     # ---- what to grow ----
 
@@ -250,6 +263,49 @@ def _turned_step(b: Builder, value: str, dims: Dims) -> str:
     return b.node("Relu", [value], dims)
 
 
+def apart_and_together(b: Builder) -> None:
+    """Cut along an axis, perhaps twice, and joined again; not always in order."""
+    name, dims = b.pick() or ("", ())
+    axis = b.random.randrange(len(dims))
+    size = dims[axis]
+    if not isinstance(size, int):
+        return
+    points = sorted({0, 1 << 40, *(b.random.randrange(size + 1) for _ in range(2))})
+    parts = [
+        b.raw("Slice", [name, b.ints(start), b.ints(end), b.ints(axis)])
+        for start, end in pairwise(points)
+    ]
+    if b.random.random() < 0.3:
+        parts.reverse()
+    while len(parts) > 2 and b.random.random() < 0.5:
+        parts[:2] = [b.raw("Concat", parts[:2], axis=axis)]
+    whole = b.node("Concat", parts, dims, axis=axis - b.random.choice([0, len(dims)]))
+    start = b.random.randrange(size)
+    again = [b.ints(start), b.ints(b.random.choice([start + 1, 1 << 40])), b.ints(axis)]
+    inner = b.raw("Slice", [whole, *again])
+    other = [b.ints(0), b.ints(b.random.choice([1, -1, 9])), b.ints(axis)]
+    b.node("Add", [b.raw("ReduceSum", [b.raw("Slice", [inner, *other])]), name], dims)
+
+
+def casts(b: Builder) -> None:
+    """To other types and back."""
+    name, dims = b.pick() or ("", ())
+    kinds = [TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.BOOL]
+    for kind in b.random.choices(kinds, k=b.random.randrange(1, 4)):
+        name = b.raw("Cast", [name], to=kind)
+    b.node("Cast", [name], dims, to=TensorProto.FLOAT)
+
+
+def expanded(b: Builder) -> None:
+    """Something small, expanded before it meets something large."""
+    name, dims = b.pick() or ("", ())
+    shape = b.raw("Shape", [name])
+    if all(isinstance(dim, int) for dim in dims) and b.random.random() < 0.7:
+        shape = b.ints(*(int(dim) for dim in dims))
+    small = b.raw("Expand", [b.floats(*[1] * len(dims)), shape])
+    b.node(b.random.choice(["Add", "Mul", "Sub"]), [name, small], dims)
+
+
 def duplicate(b: Builder) -> None:
     """One of the nodes here once more."""
     nodes = [node for node in b.nodes if len(node.output) == 1 and node.input]
@@ -288,6 +344,58 @@ def linear(b: Builder) -> None:
     size = int(dims[1])
     op_type = b.random.choice(["MatMul", "Gemm"])
     norm(b, b.node(op_type, [name, b.floats(size, size)], dims), dims)
+
+
+def around_layer(b: Builder) -> None:
+    """A layer with arithmetic, padding or a choice of channels before and behind it."""
+    name, dims = b.pick() or ("", ())
+    if len(dims) not in (2, 4) or not isinstance(dims[1], int) or 0 in dims:
+        return
+    if len(dims) == 4 and not all(isinstance(dim, int) for dim in dims):
+        return
+    channels = int(dims[1])
+    name = _beside(b, name, dims)
+    if len(dims) == 4:
+        padded = b.raw("Pad", [name, b.ints(0, 0, 1, 1, 0, 0, 1, 1)])
+        if b.random.random() < 0.5:
+            op_type = b.random.choice(["AveragePool", "Conv"])
+            weight = [b.floats(channels, channels, 3, 3)] if op_type == "Conv" else []
+            name = b.raw(op_type, [padded, *weight], kernel_shape=[3, 3])
+        else:
+            name = b.raw("Conv", [name, b.floats(channels, channels, 1, 1)])
+    elif b.random.random() < 0.5:
+        weight = b.raw("Transpose", [b.floats(channels, channels)])
+        name = b.raw("MatMul", [name, weight])
+    else:
+        name = b.raw("Gemm", [name, b.floats(channels, channels)], transB=1)
+    name = _beside(b, name, dims)
+    b.node("Relu", [name], dims)
+
+
+def _beside(b: Builder, name: str, dims: Dims) -> str:
+    """`name` of `dims` after up to three operations that a layer can take over."""
+    channels, rest = int(dims[1] or 0), [1] * (len(dims) - 2)
+    for _ in range(b.random.randrange(4)):
+        kind = b.random.randrange(7)
+        shape = b.random.choice([(), (channels, *rest), (1, channels, *rest)])
+        if kind < 4:
+            pair = [name, b.floats(*shape)]
+            if b.random.random() < 0.3:
+                pair.reverse()
+            name = b.raw(b.random.choice(["Add", "Sub", "Mul"]), pair)
+        elif kind == 4:
+            size = math.prod(shape)
+            divisor = np.linspace(0.5, 2.0, size).astype(np.float32).reshape(shape)
+            name = b.raw("Div", [name, b.constant(divisor)])
+        elif kind == 5:
+            order = b.random.sample(range(channels), channels)
+            name = b.raw("Gather", [name, b.ints(*order)], axis=1)
+        else:
+            parameters = [b.floats(channels) for _ in range(3)]
+            variance = np.linspace(0.5, 2.0, channels).astype(np.float32)
+            inputs = [name, *parameters, b.constant(variance)]
+            name = b.raw("BatchNormalization", inputs)
+    return name
 
 
 def norm(b: Builder, name: str, dims: Dims) -> None:
@@ -335,7 +443,7 @@ def branch(b: Builder) -> None:
     ends = []
     for label in ("then", "else"):
         b.count[0] = start if b.random.random() < 0.7 else max([start, *ends])
-        inner = Builder(b.random, b.depth + 1, b, count=b.count)
+        inner = Builder(b.random, b.depth + 1, b, count=b.count, opset=b.opset)
         inner.grow(b.random.randrange(1, 4))
         last = b.random.choice(["Neg", "Identity", "Relu"])
         same = [value for value, theirs in inner.visible() if theirs == dims]
@@ -343,7 +451,10 @@ def branch(b: Builder) -> None:
         graphs.append(graph_of(inner, label, [], [info(result, dims)]))
         ends.append(b.count[0])
     b.count[0] = max(ends)
-    b.node("If", ["cond"], dims, then_branch=graphs[0], else_branch=graphs[1])
+    cond = "cond"
+    if b.random.random() < 0.4:
+        cond = b.constant(np.array(b.random.random() < 0.5))
+    b.node("If", [cond], dims, then_branch=graphs[0], else_branch=graphs[1])
 
 
 def loop(b: Builder) -> None:
@@ -351,7 +462,7 @@ def loop(b: Builder) -> None:
     if b.depth >= 2:
         return
     name, dims = b.pick() or ("", ())
-    inner = Builder(b.random, b.depth + 1, b, count=b.count)
+    inner = Builder(b.random, b.depth + 1, b, count=b.count, opset=b.opset)
     index, go, carried = b.name(), b.name(), b.name()
     inner.values.append((carried, dims))
     inner.grow(b.random.randrange(1, 4))
@@ -369,6 +480,74 @@ def loop(b: Builder) -> None:
     b.node("Loop", [trips, b.constant(np.array(True)), name], dims, body=body)
 
 
+def clamps(b: Builder) -> None:
+    """Two or three clamps in a row."""
+    name, dims = b.pick() or ("", ())
+    for _ in range(b.random.randrange(2, 4)):
+        low, high = sorted(b.random.choice([-1.0, 0.0, 0.5, 2.0]) for _ in range(2))
+        kind = b.random.choice(["Relu", "Clip", "Max", "Min"])
+        if kind == "Relu":
+            name = b.node(kind, [name], dims)
+        elif kind == "Clip":
+            both = [b.scalar(low), b.scalar(high)]
+            bounds = b.random.choice([both, both[:1], ["", both[1]]])
+            name = b.node(kind, [name, *bounds], dims)
+        else:
+            pair = [name, b.scalar(low)]
+            name = b.node(kind, b.random.sample(pair, 2), dims)
+
+
+def layer_norm(b: Builder) -> None:
+    """LayerNormalization in single steps, of rows that differ by more than rounding."""
+    name, dims = b.pick() or ("", ())
+    last = dims[-1] if dims else 1
+    if not isinstance(last, int) or last == 1:
+        return
+    ramp = b.constant(np.arange(last, dtype=np.float32))
+    name = b.raw("Add", [name, ramp])
+    centred = b.raw("Sub", [name, b.reduce("ReduceMean", name)])
+    two = b.scalar(2.0)
+    square = b.random.choice([("Pow", [centred, two]), ("Mul", [centred, centred])])
+    variance = b.reduce("ReduceMean", b.raw(*square))
+    root = b.raw("Sqrt", [b.raw("Add", [variance, b.scalar(0.1)])])
+    name = b.node("Div", [centred, root], dims)
+    for op_type in ("Mul", "Add")[: b.random.randrange(3)]:
+        pair = [name, b.floats(last)]
+        name = b.node(op_type, b.random.sample(pair, 2), dims)
+
+
+def activation(b: Builder) -> None:
+    """Gelu, HardSwish or HardSigmoid in single steps."""
+    name, dims = b.pick() or ("", ())
+    if b.random.random() < 0.5:
+        scaled = b.raw("Div", [name, b.scalar(2.0**0.5)])
+        gate, number = b.raw("Add", [b.raw("Erf", [scaled]), b.scalar(1.0)]), 0.5
+    else:
+        shifted = b.raw("Add", [name, b.scalar(3.0)])
+        gate, number = b.raw("Clip", [shifted, b.scalar(0), b.scalar(6)]), 1 / 6
+    factors = [gate, b.scalar(number), name]
+    b.random.shuffle(factors)
+    b.node("Mul", [b.raw("Mul", factors[:2]), factors[2]], dims)
+
+
+def reduction(b: Builder) -> None:
+    """Softmax, a norm or a mean in single steps."""
+    name, dims = b.pick() or ("", ())
+    if not dims:
+        return
+    kind = b.random.randrange(3)
+    if kind == 0:
+        less = b.raw("Sub", [name, b.reduce("ReduceMax", name)])
+        powers = b.raw("Exp", [less])
+        b.node("Div", [powers, b.reduce("ReduceSum", powers)], dims)
+    elif kind == 1:
+        total = b.reduce("ReduceSum", b.raw("Mul", [name, name]))
+        b.node("Sqrt", [total], (*dims[:-1], 1))
+    else:
+        pair = [b.reduce("ReduceSum", name), b.scalar(b.random.choice([2, 3]))]
+        b.node("Div", pair, (*dims[:-1], 1))
+
+
 PIECES: list[Callable[[Builder], None]] = [
     unary,
     unary,
@@ -381,12 +560,21 @@ PIECES: list[Callable[[Builder], None]] = [
     shape_arithmetic,
     transpose,
     there_and_back,
+    apart_and_together,
+    casts,
+    expanded,
     duplicate,
     duplicate,
     convolution,
     linear,
+    around_layer,
+    around_layer,
     quantized_weight,
     constants,
+    clamps,
+    layer_norm,
+    activation,
+    reduction,
     branch,
     loop,
 ]
@@ -407,7 +595,7 @@ def graph_of(
 def random_model(random: Random) -> ModelProto:
     """A model of up to a few dozen nodes in up to three scopes."""
     batch: int | str = random.choice([2, "N"])
-    b = Builder(random)
+    b = Builder(random, opset=random.choice([13, 17, 21]))
     inputs: list[tuple[str, Dims]] = [("x", (batch, 3)), ("image", (1, 2, 3, 3))]
     b.values.extend(inputs)
     b.grow(random.randrange(3, 14))
@@ -422,6 +610,6 @@ def random_model(random: Random) -> ModelProto:
         [*(info(*value) for value in inputs), make_tensor_value_info("cond", 9, [])],
         [info(*value) for value in dict.fromkeys(outputs)],
     )
-    imports = [helper.make_opsetid("", random.choice([13, 17, 21]))]
+    imports = [helper.make_opsetid("", b.opset)]
     model: ModelProto = helper.make_model(graph, opset_imports=imports, ir_version=10)
     return model

@@ -183,15 +183,24 @@ def own_inputs(graph: GraphProto) -> list[onnx.ValueInfoProto]:
 
 
 def in_branches(source: ModelProto) -> ModelProto:
-    """The graph of `source` in both branches of an If, with the same names in each."""
+    """The graph of `source` in both branches of an If, with the same names in each.
+
+    One more output keeps the branches from being the same altogether.
+    """
     model, graph = _outer(source)
     graph.input.append(make_tensor_value_info("cond__", TensorProto.BOOL, []))
-    branch = GraphProto()
-    branch.CopyFrom(source.graph)
-    del branch.input[:]
+    branches = {}
+    for label, op_type in (("then_branch", "Not"), ("else_branch", "Xor")):
+        branch = branches[label] = GraphProto()
+        branch.CopyFrom(source.graph)
+        del branch.input[:]
+        inputs = ["cond__"] * (1 if op_type == "Not" else 2)
+        branch.node.append(make_node(op_type, inputs, ["which__"]))
+        branch.output.append(make_tensor_value_info("which__", TensorProto.BOOL, []))
     names = [f"{value.name}__" for value in source.graph.output]
-    node = make_node("If", ["cond__"], names, then_branch=branch, else_branch=branch)
+    node = make_node("If", ["cond__"], [*names, "which_out__"], **branches)
     _finish(graph, source, [node], names, None)
+    graph.output.append(make_tensor_value_info("which_out__", TensorProto.BOOL, []))
     return model
 
 

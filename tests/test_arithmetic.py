@@ -433,7 +433,7 @@ def test_extremes(op_type: str) -> None:
 
 def test_what_the_table_leaves_alone() -> None:
     """Unknown operators, several outputs, large inputs, strings."""
-    declines("Sqrt", [np.float32(4)])
+    declines("Exp", [np.float32(4)])
     declines("Neg", [np.ones(arithmetic.MAX_ELEMENTS + 1, np.float32)])
     declines("Identity", [np.array(["a"], object)])
     two = make_node("Squeeze", ["in0"], ["a", "b"])

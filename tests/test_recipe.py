@@ -14,7 +14,7 @@ from onnxopt.errors import PassError, UsageError
 from onnxopt.graph import GraphView
 from onnxopt.manager import Context, Pass, PassManager
 from onnxopt.model import Model
-from onnxopt.passes import PASSES, PIPELINES
+from onnxopt.passes import ON_REQUEST, PASSES, PIPELINES
 from onnxopt.passes.simplify.dead_code import DeadCode
 from onnxopt.passes.simplify.fold_constants import FoldConstants
 from onnxopt.passes.simplify.identity import RemoveIdentity
@@ -60,7 +60,7 @@ def example(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
 
     faulty = [absent, other] if request.param else []
 
-    monkeypatch.setattr(recipe.importlib.metadata, "entry_points", entry_points)
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
 
 
 # ---- the textual form ----
@@ -88,7 +88,7 @@ def test_pipelines(text: str, expected: list[Pass]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nothing", "unknown pass 'nothing'; there are cse, dead-code"),
+        ("nothing", "unknown pass 'nothing'; there are constant-chain, cse"),
         ("identity{x=1}", "pass 'identity' has no parameter 'x'"),
         ("fold-constants{x=1}", "no parameter 'x'; it has max_growth"),
         ("fold-constants{max_growth=a}", "pass 'fold-constants': .*max_growth"),
@@ -136,7 +136,7 @@ def test_passes_that_cannot_be_loaded_are_told_where_they_are_named() -> None:
         parse_pipeline("absent")
     with pytest.raises(UsageError, match=r"pass 'other' of .* is no onnxopt Pass"):
         parse_pipeline("other")
-    with pytest.raises(UsageError, match="there are absent, cse"):
+    with pytest.raises(UsageError, match="there are absent, constant-chain"):
         parse_pipeline("nothing")
 
 
@@ -218,7 +218,7 @@ def test_named_pipelines(name: str) -> None:
 
 def test_every_pass_is_in_the_default_pipeline_and_says_what_it_does() -> None:
     """Each by its own name, with a promise, and with defaults for its parameters."""
-    assert set(PIPELINES["default"]) == set(PASSES)
+    assert {*PIPELINES["default"], *ON_REQUEST} == set(PASSES)
     for name, kind in PASSES.items():
         assert (kind.name, kind()) == (name, make_pass(name))
         assert kind.guarantee in ("bitwise", "equivalent", "lossy")

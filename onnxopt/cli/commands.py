@@ -74,9 +74,8 @@ def validate(
     from onnxopt import api
     from onnxopt.cli import describe, terminal
     from onnxopt.cli.document import Document
-    from onnxopt.errors import ProviderError, WorkerError
+    from onnxopt.errors import AbsentProviderError, ProviderError, WorkerError
     from onnxopt.report import as_json, not_judged
-    from onnxopt.validation.judge import AbsentProviderError
     from onnxopt.validation.placement import ProviderTime
 
     times: list[ProviderTime] = []

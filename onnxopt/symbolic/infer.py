@@ -177,10 +177,10 @@ class Inference:
         value = constant_value(node)
         if value is not None:
             return [self.of_tensor(value)]
-        function = self.model.function(node)
-        if function is not None:
-            return self._call(site, function)
-        rule = RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+        body = self.model.function(node)
+        if body is not None and isinstance(body.proto, FunctionProto):
+            return self._call(site, body.proto)
+        rule = RULES.get(node.domain, {}).get(node.op_type)
         try:
             facts = rule(site) if rule is not None else None
         except (ValueError, IndexError, TypeError):

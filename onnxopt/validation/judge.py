@@ -35,6 +35,7 @@ from onnxopt.data.generate import (
 )
 from onnxopt.data.load import script_error
 from onnxopt.errors import (
+    AbsentProviderError,
     InvalidModelError,
     OnnxoptError,
     ProviderError,
@@ -62,7 +63,6 @@ from onnxopt.validation.smooth import judge_unrounded
 from onnxopt.validation.spread import MovedModels
 from onnxopt.validation.verdict import (
     LEVELS,
-    AbsentProviderError,
     Budget,
     Question,
     Side,
@@ -72,7 +72,7 @@ from onnxopt.validation.verdict import (
 
 log = logging.getLogger("onnxopt.validate")
 
-__all__ = ["AbsentProviderError", "Budget", "judge"]
+__all__ = ["Budget", "judge"]
 
 # Plain sizes of the symbolic dims that generated feeds are spread over, once found to
 # run; ragged and realistic ones come on top.

@@ -211,10 +211,8 @@ def int8_notes(
             yield f"{provider} was not run. {_int8_foretold(side, dequantized, integer)}"
 
 
-def target_notes(target: str, path: Path) -> list[str]:
-    """What a model for target `target` should expect of int8 there."""
-    if target != "ort-cuda":
-        return []
+def target_notes(path: Path) -> list[str]:
+    """What a model for the target ort-cuda should expect of int8 there."""
     dequantized, integer = int8_layers(path)
     if not dequantized and not integer:
         return []

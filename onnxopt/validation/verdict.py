@@ -13,7 +13,6 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from onnxopt.data.inputs import Feed
-from onnxopt.errors import ProviderError
 from onnxopt.report import (
     Check,
     Counts,
@@ -195,14 +194,6 @@ class Workers:
 def is_cpu(provider: str) -> bool:
     """Whether a provider is ONNX Runtime's own on the CPU."""
     return provider_name(provider) == "CPUExecutionProvider"
-
-
-class AbsentProviderError(ProviderError):
-    """A required provider, or every requested one, is absent; `validation` says so."""
-
-    def __init__(self, message: str, validation: Validation) -> None:
-        super().__init__(message)
-        self.validation = validation
 
 
 class Verdict:

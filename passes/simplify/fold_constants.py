@@ -4,9 +4,9 @@
     y  = MatMul(x, W2)    ->    y  = MatMul(x, W2)
 
 1. Constant nodes become initializers, where the scope can hold them.
-2. Small integer and shape arithmetic is done in NumPy (`onnxopt.arithmetic`), and so is
-   the Shape of a value whose dims are known.
-3. The rest is evaluated by ONNX Runtime, all of a scope's constant nodes in one session.
+2. What NumPy computes exactly is done there (`onnxopt.arithmetic`), and so is the Shape
+   of a value whose dims are known.
+3. The rest is evaluated by ONNX Runtime, nodes that share values in one session.
 4. A fold may grow the model by at most `max_growth` bytes, or a quarter of what it is
    computed from: a scale computed from a weight folds, while what expands a constant
    (ConstantOfShape, Expand, Tile, Cast of int8 weights...) stays as it is.
@@ -86,6 +86,8 @@ class FoldConstants(Pass):
     ) -> None:
         for group in _groups(graph, pending):
             frontier = [node for node in group if _is_frontier(graph, node, pending)]
+            if not frontier:
+                continue  # nothing reads them: dead code
             sources = _sources(graph, group)
             growth = sum(_value_bytes(graph, node) for node in frontier) - sources
             if growth > self._allowed(sources):
@@ -93,9 +95,7 @@ class FoldConstants(Pass):
                     graph.skip(node, f"the model would grow by {growth:,} bytes")
                 continue
             try:
-                values = context.evaluator.evaluate(
-                    constant_model(graph, group, _read(graph, frontier))
-                )
+                values = _values(graph, context, group, _read(graph, frontier))
             except EvaluationError as error:
                 for node in frontier:
                     graph.skip(node, f"its value could not be computed: {error}")
@@ -136,6 +136,22 @@ class FoldConstants(Pass):
 
     def _allowed(self, sources: int) -> int:
         return max(self.max_growth, sources // 4)
+
+
+def _values(
+    graph: GraphView, context: Context, group: list[NodeProto], names: list[str]
+) -> dict[str, Array]:
+    """What `group` makes, of `names`: by NumPy where it can, else by ONNX Runtime."""
+    known: dict[str, Array | None] = {"": None}
+    for node in group:
+        inputs = [known[n] if n in known else graph.array(n) for n in node.input]
+        made = arithmetic.evaluate(node, inputs, graph.opset(), most=MAX_VALUE_BYTES)
+        if made is None:
+            model = constant_model(graph, group, names)
+            return context.evaluator.evaluate(model)
+        known[node.output[0]] = made
+    found = {name: known[name] for name in names}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _sources(graph: GraphView, nodes: list[NodeProto]) -> int:

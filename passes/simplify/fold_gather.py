@@ -66,8 +66,9 @@ def _folded_before(graph: GraphView, gather: NodeProto) -> Edit | None:
         return None
     edit = Edit(graph, gather, max_growth=0)
     layer.select_outputs(edit, indices)
-    edit.bypass(gather, {gather.output[0]: layer.node.output[0]})
-    edit.forget_shapes()
+    # the output of the layer has the dims, and so the name, of what was gathered
+    edit.erase(gather)
+    edit.divert(layer.node, 0, gather.output[0])
     return edit
 
 

@@ -89,7 +89,7 @@ def _spatial_pads(graph: GraphView, pad: NodeProto) -> list[int] | None:
             return None
         full[axis] += begin
         full[rank + axis] += end
-    if rank < 3 or any((*full[:2], *full[rank : rank + 2])):
+    if any((*full[:2], *full[rank : rank + 2])):
         return None
     return full[2:rank] + full[rank + 2 :]
 

@@ -35,8 +35,8 @@ from onnxopt.symbolic.fact import FOLLOWED, Dims, Fact, integers, is_symbolic
 from onnxopt.weights import Array
 
 _SIZE_MAKERS = """Add And Cast Concat ConstantOfShape Div Equal Expand Gather Greater
-    GreaterOrEqual Identity Less LessOrEqual Max Min Mod Mul Neg Not Or Range ReduceProd Reshape Shape
-    Size Slice Split Squeeze Sub Sum Transpose Unsqueeze Where"""
+    GreaterOrEqual Identity Less LessOrEqual Max Min Mod Mul Neg Not Or Range ReduceProd
+    Reshape Shape Size Slice Split Squeeze Sub Sum Transpose Unsqueeze Where"""
 _MAKES_SIZES = frozenset(_SIZE_MAKERS.split())
 _COPY, _REST = 0, -1
 

@@ -6,6 +6,13 @@
 1. Cast to the type that the value has; Transpose that permutes nothing; Pad by zero;
    Concat of one; Slice of everything; Reshape, Expand, Squeeze, Unsqueeze, Flatten and
    Tile whose result has the shape of the input (symbols that are sure included).
+2. x + 0, x - 0, x * 1, x / 1, x ** 1 (floats), x and true, x or false, with a constant
+   that does not broadcast x.
+3. Where of one value in both cases, which the condition does not broadcast.
+   Concat, Sum, Mean, Max and Min of one; Split into one; Slice of everything; Reshape,
+   Expand, Squeeze, Unsqueeze, Flatten and Tile whose result has the shape of the input
+   (symbols that are sure included); Reduce over axes of size 1; AveragePool of single
+   elements; Resize by 1.
 2. x + 0, x - 0, x * 1, x / 1 with a constant that does not broadcast x.
 
 x + 0 turns -0.0 into 0.0, and removing it keeps -0.0: equal by ==.
@@ -18,7 +25,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
 from onnxopt import attributes
 from onnxopt.edit import Edit
@@ -66,6 +73,29 @@ def _concat(graph: GraphView, node: NodeProto) -> str | None:
     return node.input[0] if len(node.input) == 1 else None
 
 
+def _split(graph: GraphView, node: NodeProto) -> str | None:
+    return node.input[0] if len(node.output) == 1 and graph.opset() >= 2 else None
+
+
+def _average_pool(graph: GraphView, node: NodeProto) -> str | None:
+    """One element at a time."""
+    steps = [*attributes.get(node, "kernel_shape"), *attributes.get(node, "strides", [])]
+    is_plain = set(steps) == {1} and not any(attributes.get(node, "pads", []))
+    return node.input[0] if is_plain else None
+
+
+def _resize(graph: GraphView, node: NodeProto) -> str | None:
+    """By scales of 1, which ONNX Runtime takes for a copy, whatever the mode."""
+    mode = attributes.get(node, "coordinate_transformation_mode")
+    if mode == "tf_crop_and_resize" or attributes.get(node, "antialias", 0):
+        return None
+    slot = 2 if graph.opset() >= 11 else 1
+    name = node.input[slot] if len(node.input) == slot + 1 else ""
+    scales = graph.array(name) if name else None
+    is_copy = scales is not None and scales.size > 0 and bool((scales == 1).all())
+    return node.input[0] if is_copy else None
+
+
 def _pad(graph: GraphView, node: NodeProto) -> str | None:
     pads = attributes.get(node, "pads")
     if pads is None and len(node.input) > 1:
@@ -108,6 +138,18 @@ def _neutral(value: int, *, either: bool) -> Rule:
     return rule
 
 
+def _power(graph: GraphView, node: NodeProto) -> str | None:
+    """x ** 1; integers go through floating point, where large ones are rounded."""
+    floats = graph.dtype(node.input[0]) in (TensorProto.FLOAT, TensorProto.DOUBLE)
+    return _neutral(1, either=False)(graph, node) if floats else None
+
+
+def _where(graph: GraphView, node: NodeProto) -> str | None:
+    is_one = node.input[1] == node.input[2]
+    same = is_one and graph.same_shape(node.input[1], node.output[0])
+    return node.input[1] if same else None
+
+
 def _is_all(graph: GraphView, name: str, value: int) -> bool:
     tensor = graph.weight(name)
     if tensor is None or tensor_bytes(tensor) > MAX_SCAN:
@@ -133,6 +175,13 @@ _RULES: dict[str, Rule] = {
     "Cast": _cast,
     "Transpose": _transpose,
     "Concat": _concat,
+    "Sum": _concat,
+    "Mean": _concat,
+    "Max": _concat,
+    "Min": _concat,
+    "Split": _split,
+    "AveragePool": _average_pool,
+    "Resize": _resize,
     "Pad": _pad,
     "Slice": _slice,
     "Reshape": _reshape,
@@ -141,6 +190,15 @@ _RULES: dict[str, Rule] = {
     "Unsqueeze": _reshape,
     "Flatten": _reshape,
     "Tile": _reshape,
+    "Where": _where,
+    "Pow": _power,
+    "And": _neutral(1, either=True),
+    "Or": _neutral(0, either=True),
+    "ReduceMax": _reshape,
+    "ReduceMean": _reshape,
+    "ReduceMin": _reshape,
+    "ReduceProd": _reshape,
+    "ReduceSum": _reshape,
     "Add": _neutral(0, either=True),
     "Sub": _neutral(0, either=False),
     "Mul": _neutral(1, either=True),

@@ -263,12 +263,12 @@ _FUNCTIONS: dict[str, Callable[..., Dim | None]] = {
 }
 
 _SAME = """Abs Acos Acosh Asin Asinh Atan Atanh BatchNormalization BitwiseNot Celu
-    Ceil Clip Cos Cosh CumSum Elu Erf Exp Floor Gelu GroupNormalization HardSigmoid HardSwish
-    Hardmax InstanceNormalization LRN LayerNormalization LeakyRelu Log LogSoftmax
-    LpNormalization MeanVarianceNormalization Mish Neg Not PRelu RMSNormalization
-    Reciprocal Relu ReverseSequence Round Scatter ScatterElements ScatterND Selu Shrink
-    Sigmoid Sign Sin Sinh Softmax Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu
-    Trilu"""
+    Ceil Clip Cos Cosh CumSum Elu Erf Exp Floor Gelu GroupNormalization HardSigmoid
+    HardSwish Hardmax InstanceNormalization LRN LayerNormalization LeakyRelu Log
+    LogSoftmax LpNormalization MeanVarianceNormalization Mish Neg Not PRelu
+    RMSNormalization Reciprocal Relu ReverseSequence Round Scatter ScatterElements
+    ScatterND Selu Shrink Sigmoid Sign Sin Sinh Softmax Softplus Softsign Sqrt Swish
+    Tan Tanh ThresholdedRelu Trilu"""
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_SAME.split(), same),

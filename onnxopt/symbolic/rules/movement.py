@@ -304,6 +304,7 @@ Bound = tuple[int, Dim | None, Dim | None, Dim | None]
 
 def _bounds(call: Call, rank: int) -> list[Bound] | None:
     """(axis, start, end, step) of each axis that is cut; None where that is not known."""
+    steps: list[Dim | None]
     if call.opset < 10:
         starts = attributes.get(call.node, "starts", [])
         ends = attributes.get(call.node, "ends", [])

@@ -10,13 +10,18 @@ from onnxopt.passes.simplify.fusions.hard import (
     HARD_SWISH,
     LINEAR_HARD_SIGMOID,
 )
-from onnxopt.passes.simplify.fusions.normalization import LAYER_NORM, RMS_NORM
+from onnxopt.passes.simplify.fusions.normalization import (
+    FOLDED_LAYER_NORM,
+    LAYER_NORM,
+    RMS_NORM,
+)
 from onnxopt.passes.simplify.fusions.reductions import L2, MEAN, SUM_SQUARE
 from onnxopt.passes.simplify.fusions.softmax import SOFTMAX
 from onnxopt.passes.simplify.fusions.swish import MISH, SWISH
 
 FUSIONS: tuple[Fusion, ...] = (
     LAYER_NORM,
+    FOLDED_LAYER_NORM,
     RMS_NORM,
     SOFTMAX,
     GELU,

@@ -11,6 +11,7 @@
    these dims (a constant may have 1s before them).
 2. Without gamma, the operator gets ones, where these are few.
 3. A product with the reciprocal is a division, a power of 0.5 a root.
+4. Also x * f + (beta - mean * f) with f = gamma / Sqrt(...), as TensorFlow writes it.
 """
 
 from __future__ import annotations
@@ -33,24 +34,34 @@ MAX_GROWTH = 4096
 _X = Value("x")
 
 
-def _normalized(value: Pattern) -> tuple[Pattern, ...]:
-    """`value` over the root of the mean of its squares plus epsilon."""
+def _shifted(value: Pattern) -> Pattern:
+    """The mean of the squares of `value`, plus epsilon."""
     square = Either(Op("Pow", value, Constant(2.0)), Op("Mul", value, value))
     variance = Op("ReduceMean", square, check=keeps_dims, name="variance")
-    shifted = Op("Add", variance, Constant(name="epsilon"))
-    root = Either(Op("Sqrt", shifted), Op("Pow", shifted, Constant(0.5)))
-    inverse = Either(
+    return Op("Add", variance, Constant(name="epsilon"))
+
+
+def _root(value: Pattern) -> Pattern:
+    return Either(Op("Sqrt", value), Op("Pow", value, Constant(0.5)))
+
+
+def _inverse_root(value: Pattern) -> Pattern:
+    root = _root(value)
+    return Either(
         Op("Reciprocal", root),
         Op("Div", Constant(1.0), root),
-        Op("Pow", shifted, Constant(-0.5)),
+        Op("Pow", value, Constant(-0.5)),
     )
-    return Op("Div", value, root), Op("Mul", inverse, value)
+
+
+def _normalized(value: Pattern) -> tuple[Pattern, ...]:
+    """`value` over the root of the mean of its squares plus epsilon."""
+    shifted = _shifted(value)
+    return Op("Div", value, _root(shifted)), Op("Mul", _inverse_root(shifted), value)
 
 
 def _layer_norm(graph: GraphView, node: NodeProto, found: Match) -> Edit:
-    axes = reduced_axes(graph, found.maker("mean"))
-    if axes != reduced_axes(graph, found.maker("variance")):
-        raise Declined("mean and variance are over different axes")
+    _check_same_axes(graph, found)
     dims = _last_dims(graph, found)
     end, gamma = _behind(graph, node, "Mul", dims)
     end, beta = _behind(graph, end, "Add", dims)
@@ -61,6 +72,20 @@ def _rms_norm(graph: GraphView, node: NodeProto, found: Match) -> Edit:
     dims = _last_dims(graph, found)
     end, gamma = _behind(graph, node, "Mul", dims)
     return _edit(graph, end, found, dims, [gamma])
+
+
+def _folded_layer_norm(graph: GraphView, node: NodeProto, found: Match) -> Edit:
+    _check_same_axes(graph, found)
+    dims, weights = _last_dims(graph, found), [found["gamma"], found["beta"]]
+    if not all(_is_per_element(graph, w, dims, found["x"]) for w in weights):
+        raise Declined("its scale or shift is not one per element")
+    return _edit(graph, node, found, dims, weights)
+
+
+def _check_same_axes(graph: GraphView, found: Match) -> None:
+    axes = [reduced_axes(graph, found.maker(name)) for name in ("mean", "variance")]
+    if axes[0] != axes[1]:
+        raise Declined("mean and variance are over different axes")
 
 
 def _last_dims(graph: GraphView, found: Match) -> list[int]:
@@ -91,16 +116,18 @@ def _behind(
     if use is None or use.view is not graph or graph.op(use.node) != op_type:
         return node, ""
     weight = use.node.input[1 - use.index]
-    shape = graph.shape(weight)
-    if shape is None or list(shape[-len(dims) :]) != dims:
-        return node, ""
-    extra = shape[: -len(dims)]
-    full = graph.shape(node.output[0])
-    if extra and (graph.weight(weight) is None or set(extra) != {1}):
-        return node, ""
-    if full is None or len(shape) > len(full):
-        return node, ""
-    return use.node, weight
+    is_one = _is_per_element(graph, weight, dims, node.output[0])
+    return (use.node, weight) if is_one else (node, "")
+
+
+def _is_per_element(graph: GraphView, weight: str, dims: list[int], value: str) -> bool:
+    """Whether `weight` has the dims `dims`, with 1s before them if it is a constant."""
+    shape, full = graph.shape(weight), graph.shape(value)
+    if shape is None or full is None or len(shape) > len(full):
+        return False
+    rest, last = shape[: -len(dims)], shape[-len(dims) :]
+    movable = not rest or graph.weight(weight) is not None
+    return list(last) == dims and movable and set(rest) <= {1}
 
 
 def _edit(
@@ -129,5 +156,14 @@ _CENTRED = Op("Sub", _X, _MEAN)
 
 LAYER_NORM = Fusion(
     "LayerNormalization", 17, _normalized(_CENTRED), _layer_norm, telling=5
+)
+_FACTOR = Op("Mul", _inverse_root(_shifted(_CENTRED)), Value("gamma"))
+_SHIFT = Op("Sub", Value("beta"), Op("Mul", _FACTOR, _MEAN))
+FOLDED_LAYER_NORM = Fusion(
+    "LayerNormalization",
+    17,
+    (Op("Add", Op("Mul", _FACTOR, _X), _SHIFT),),
+    _folded_layer_norm,
+    telling=6,
 )
 RMS_NORM = Fusion("RMSNormalization", 23, _normalized(_X), _rms_norm, telling=4)

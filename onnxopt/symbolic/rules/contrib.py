@@ -1,0 +1,87 @@
+"""Operators of ONNX Runtime's own domain, com.microsoft, that models come with.
+
+Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+"""
+
+from __future__ import annotations
+
+from onnx import TensorProto
+
+from onnxopt import attributes
+from onnxopt.symbolic.fact import Call, Dims, Fact
+from onnxopt.symbolic.rules.elementwise import Rule, broadcast, same
+from onnxopt.symbolic.rules.layers import conv
+
+
+def lstm(call: Call) -> list[Fact]:
+    """Y [steps, directions, batch, hidden], and the last states without the steps."""
+    data = call.inputs[0]
+    hidden = attributes.get(call.node, "hidden_size")
+    both = attributes.get(call.node, "direction", "forward") == "bidirectional"
+    if data.dims is None or len(data.dims) != 3 or hidden is None:
+        return [Fact(data.dtype)] * len(call.node.output)
+    state: Dims = (2 if both else 1, data.dims[1], int(hidden))
+    facts = [Fact(data.dtype, (data.dims[0], *state)), *[Fact(data.dtype, state)] * 2]
+    return facts[: len(call.node.output)]
+
+
+def product(call: Call, slot: int, dtype: int) -> list[Fact]:
+    """As MatMul of inputs 0 and `slot`."""
+    left, right = call.inputs[0].dims, call.inputs[slot].dims
+    if left is None or right is None or len(left) < 2 or len(right) < 2:
+        return [Fact(dtype)]
+    stack = broadcast((left[:-2], right[:-2])) or ()
+    return [Fact(dtype, (*stack, left[-2], right[-1]))]
+
+
+def dynamic_quantize_matmul(call: Call) -> list[Fact]:
+    """Floats times integers: floats."""
+    return product(call, 1, call.inputs[0].dtype)
+
+
+def matmul_integer_to_float(call: Call) -> list[Fact]:
+    """Integers times integers, by the type of the scale."""
+    return product(call, 1, call.inputs[2].dtype)
+
+
+def matmul_n_bits(call: Call) -> list[Fact]:
+    """[..., K] times packed weights: [..., N]."""
+    data, columns = call.inputs[0], attributes.get(call.node, "N")
+    if data.dims is None or columns is None:
+        return [Fact(data.dtype)]
+    return [Fact(data.dtype, (*data.dims[:-1], int(columns)))]
+
+
+def quantized_binary(call: Call) -> list[Fact]:
+    """QLinearAdd and QLinearMul: a, its scale and zero point, b..."""
+    dims = broadcast((call.inputs[0].dims, call.inputs[3].dims))
+    return [Fact(call.inputs[0].dtype, dims)]
+
+
+def quantize(call: Call) -> list[Fact]:
+    """The type of the zero point."""
+    kind = call.inputs[2].dtype if call.has(2) else TensorProto.UINT8
+    return [Fact(kind, call.inputs[0].dims)]
+
+
+def dequantize(call: Call) -> list[Fact]:
+    """The type of the scale."""
+    return [Fact(call.inputs[1].dtype, call.inputs[0].dims)]
+
+
+_SAME = "BiasGelu FastGelu Gelu QLinearLeakyRelu QLinearSigmoid QuickGelu"
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(_SAME.split(), same),
+    "DequantizeLinear": dequantize,
+    "DynamicQuantizeLSTM": lstm,
+    "DynamicQuantizeMatMul": dynamic_quantize_matmul,
+    "FusedConv": conv,
+    "MatMulIntegerToFloat": matmul_integer_to_float,
+    "MatMulNBits": matmul_n_bits,
+    "QLinearAdd": quantized_binary,
+    "QLinearMul": quantized_binary,
+    "QuantizeLinear": quantize,
+    "SkipLayerNormalization": same,
+    "SkipSimplifiedLayerNormalization": same,
+}

@@ -1,0 +1,180 @@
+"""merge-elementwise: one operator for two in a row that clamp, round or negate.
+
+    t = Relu(x)
+    y = Min(t, 6)               ->    y = Clip(x, 0, 6)
+
+1. Relu, Clip, and Min and Max with a scalar constant, in float32, are clamps: two of them
+   are one, from the first through the second. The value between has no other reader.
+2. A clamp that lets through all that the one before it does goes, whoever reads that.
+   Max(x, 0) is a Relu.
+3. Neg(Neg(x)) and Not(Not(x)) are x; Abs, Floor, Ceil, Round and Sign of what the same
+   operator made (Abs: or Neg) are that operator once.
+
+A bound that Clip lacks is the largest finite number (infinity does not pass ONNX
+Runtime's), while Relu, Min and Max let infinity through: bounds are kept apart by that.
+All hand NaN on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from onnx import NodeProto, TensorProto
+
+from onnxopt.edit import Edit
+from onnxopt.graph import GraphView
+from onnxopt.manager import Context, Pass
+from onnxopt.operands import clip_bounds
+from onnxopt.pattern import Constant, Match, Op, Value, match
+from onnxopt.report import Guarantee
+
+_LARGEST = float(np.finfo(np.float32).max)
+_CLAMPS = ("Relu", "Clip", "Max", "Min")
+_INVERSE_OF_ITSELF = ("Neg", "Not")
+_IDEMPOTENT = ("Abs", "Floor", "Ceil", "Round", "Sign")
+
+
+@dataclass(frozen=True)
+class MergeElementwise(Pass):
+    """Merge Relu, Clip, Min, Max with scalars; remove Neg of Neg, Not of Not..."""
+
+    name: ClassVar[str] = "merge-elementwise"
+    guarantee: ClassVar[Guarantee] = "bitwise"
+
+    def run(self, graph: GraphView, context: Context) -> None:
+        """Look at the last node of each pair."""
+        if graph.opset() < 7:
+            return  # operators broadcast by attribute
+        for node in graph.visit(self, (*_CLAMPS, *_INVERSE_OF_ITSELF, *_IDEMPOTENT)):
+            if node.op_type in _CLAMPS:
+                _merge_clamps(graph, node)
+            else:
+                _merge_signs(graph, node)
+
+
+# ---- Neg, Not, Abs, Floor... ----
+
+
+def _merge_signs(graph: GraphView, node: NodeProto) -> None:
+    first = graph.producer(node.input[0])
+    if first is None:
+        return
+    before = graph.op(first)
+    edit = Edit(graph, node)
+    if before == node.op_type and before in _INVERSE_OF_ITSELF:
+        edit.bypass(node, {node.output[0]: first.input[0]})
+    elif before == node.op_type:
+        edit.bypass(node, {node.output[0]: node.input[0]})
+    elif (node.op_type, before) == ("Abs", "Neg"):
+        edit.set_input(node, 0, first.input[0])
+    else:
+        return
+    graph.apply(edit, f"{node.op_type} of {before} is less")
+
+
+# ---- clamps ----
+
+
+@dataclass(frozen=True)
+class _Clamp:
+    """min(max(value, low), high), with low <= high."""
+
+    value: str
+    low: float
+    high: float
+
+    def then(self, other: _Clamp) -> _Clamp:
+        """This clamp and `other` behind it as one."""
+        return _Clamp(self.value, other.of(self.low), other.of(self.high))
+
+    def of(self, number: float) -> float:
+        return min(max(number, self.low), self.high)
+
+    def covers(self, other: _Clamp) -> bool:
+        """Whether it changes nothing behind `other`."""
+        return self.low <= other.low and self.high >= other.high
+
+
+def _merge_clamps(graph: GraphView, node: NodeProto) -> None:
+    last = _clamp(graph, node)
+    if last is None:
+        return
+    maker = graph.producer(last.value)
+    first = None
+    if maker is not None and graph.op(maker) in _CLAMPS:
+        first = _clamp(graph, maker)
+    edit = Edit(graph, node)
+    if maker is None or first is None:
+        if node.op_type == "Max" and (last.low, last.high) == (0, math.inf):
+            edit.rewrite("Relu", [last.value])
+            graph.apply(edit, "the maximum with 0 is Relu")
+        return
+    if last.covers(first):
+        edit.bypass(node, {node.output[0]: last.value})
+        graph.apply(edit, f"what {maker.op_type} leaves passes {node.op_type}")
+    elif graph.only_use(last.value) is not None:
+        _write(graph, edit, first.then(last), [*maker.input, *node.input])
+        graph.apply(edit, f"{maker.op_type} and {node.op_type} are one")
+
+
+_X = Value("x")
+_WITH_SCALAR = {kind: Op(kind, Constant(name="bound"), _X) for kind in ("Max", "Min")}
+
+
+def _clamp(graph: GraphView, node: NodeProto) -> _Clamp | None:
+    """What a node clamps, and to where; None where it may be no clamp of float32."""
+    if graph.dtype(node.output[0]) != TensorProto.FLOAT:
+        return None
+    if node.op_type == "Relu":
+        return _Clamp(node.input[0], 0.0, math.inf)
+    if node.op_type == "Clip":
+        bounds = clip_bounds(graph, node)
+        if bounds is None:
+            return None
+        low, high = bounds
+        value = node.input[0]
+        low = -_LARGEST if low is None else float(low)
+        high = _LARGEST if high is None else float(high)
+    else:
+        found = match(graph, node, _WITH_SCALAR[node.op_type])
+        if not isinstance(found, Match) or not found.keeps_shape("x"):
+            return None
+        value, bound = found["x"], found.number("bound")
+        low, high = (bound, math.inf) if node.op_type == "Max" else (-math.inf, bound)
+    proper = low <= high and low < math.inf and high > -math.inf
+    return _Clamp(value, low, high) if proper else None
+
+
+def _write(graph: GraphView, edit: Edit, clamp: _Clamp, near: Sequence[str]) -> None:
+    """Put the operator that clamps like this in the edit's place.
+
+    Bounds that are among the values `near` are read there.
+    """
+
+    def bound(number: float) -> str:
+        for name in near:
+            tensor = graph.weight(name) if name else None
+            if tensor is not None and not tensor.dims:
+                array = graph.array(name)
+                if array is not None and float(array) == number:
+                    return name
+        hint = f"{edit.node.output[0]}_bound"
+        return edit.add_weight(np.array(number, np.float32), hint)
+
+    low, high = clamp.low, clamp.high
+    if math.isinf(low):
+        edit.rewrite("Min", [clamp.value, bound(high)])
+    elif math.isinf(high) and low == 0:
+        edit.rewrite("Relu", [clamp.value])
+    elif math.isinf(high):
+        edit.rewrite("Max", [clamp.value, bound(low)])
+    elif graph.opset() < 11:
+        edit.rewrite("Clip", [clamp.value], {"min": low, "max": high})
+    else:
+        bounds = [bound(low) if low > -_LARGEST else ""]
+        bounds += [bound(high)] if high < _LARGEST else []
+        edit.rewrite("Clip", [clamp.value, *bounds])

@@ -1,0 +1,45 @@
+"""Inlining undoes what wraps a graph: a call, or an If whose condition is constant."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx.checker
+import pytest
+from onnx.numpy_helper import from_array
+
+from onnxopt.manager import Context
+from tests import support
+from tests.test_golden import CASES, Case
+
+WRAPPED = [case for case in CASES if not {"only", "norun"} & case.options.keys()]
+
+
+def _name(case: Case) -> str:
+    return f"{case.pass_name}/{case.name}"
+
+
+@pytest.mark.parametrize("case", WRAPPED, ids=_name)
+def test_calls(case: Case, context: Context) -> None:
+    """No function is left, and the outputs are what they were."""
+    source = support.in_function(case.model())
+    model = support.run_passes(source, "inline-functions", context)
+    assert not model.proto.functions
+    for feed in support.feeds_of(source, (2,)):
+        support.assert_same(
+            support.run(source, feed), support.run(support.final(model), feed)
+        )
+
+
+@pytest.mark.parametrize("case", WRAPPED, ids=_name)
+def test_branches(case: Case, context: Context) -> None:
+    """The If that wraps the graph is gone, and the outputs are what they were."""
+    source = support.in_branches(case.model())
+    value = source.graph.input.pop()
+    assert value.name == "cond__"
+    source.graph.initializer.append(from_array(np.array(False), value.name))
+    model = support.run_passes(source, "inline-if", context)
+    assert model.main.producer("which_out__").op_type == "Xor"  # type: ignore[union-attr]
+    proto = support.final(model)
+    onnx.checker.check_model(proto)
+    for feed in support.feeds_of(source, (2,)):
+        support.assert_same(support.run(source, feed), support.run(proto, feed))
