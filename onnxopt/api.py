@@ -40,7 +40,7 @@ from onnxopt.report import (
     Validation,
     not_judged,
 )
-from onnxopt.save import Staged, fits_in_protobuf, stage, to_proto
+from onnxopt.save import Staged, fits_in_protobuf, measure, stage, to_proto
 from onnxopt.settings import Options, ValidationOptions
 from onnxopt.validation import interface
 
@@ -220,7 +220,7 @@ class Job:
         """
         with self.attempts(output) as run:
             report, limit = run.report, self.options.get("bisect_limit")
-            run.tolerant = on_failure == "rollback"
+            run.tolerant, run.is_kept = on_failure == "rollback", output is not None
             result, staged = run.attempt(limit)
             if _failed(report) and on_failure == "rollback":
                 staged.discard()
@@ -284,8 +284,9 @@ class Attempts:
 
     `history`: the edits of the last one; `times`: what its verdict measured, where
     asked for; `forbidden`: edits that are not made. Where `tolerant`, a result that
-    crashes its worker, hangs or takes all memory is wrong as any other. `starts_right`:
-    whether the result without any edit is known to be right.
+    crashes its worker, hangs or takes all memory is wrong as any other. `is_kept`:
+    whether the file that is made is what was asked for. `starts_right`: whether the
+    result without any edit is known to be right.
     """
 
     job: Job
@@ -300,6 +301,7 @@ class Attempts:
     times: list[ProviderTime] = field(default_factory=list)
     forbidden: frozenset[Edited] = frozenset()
     tolerant: bool = False
+    is_kept: bool = False
     starts_right: bool = False
 
     @property
@@ -323,12 +325,12 @@ class Attempts:
             manager.run(model, context)
         self.history = list(model.ledger.history)
         self.times = []
-        staged = stage(model, self.target)
+        staged = self._measured(model) or stage(model, self.target)
         try:
             report.passes = model.ledger.reports()
             report.notes = list(model.notes)
             report.notes += _target_notes(self.job.target.name, staged.path)
-            made = Model.open(staged.path)
+            made = Model.open(staged.path) if staged.path.exists() else model
             report.output = facts.of_staged(made, staged)
             if self.feeds is not None:
                 times = self.times if options.get("time_observer") else None
@@ -343,6 +345,11 @@ class Attempts:
             Result(report, seconds=manager.seconds, _model=model, _as_graph=as_graph),
             staged,
         )
+
+    def _measured(self, model: Model) -> Staged | None:
+        """A result that nobody looks at is only measured; `Result.save` writes it."""
+        is_read = self.is_kept or self.feeds is not None or self.job.target.name != "onnx"
+        return None if is_read else measure(model, self.target)
 
     def _judged(
         self, path: Path, passes: Sequence[PassReport], times: list[ProviderTime] | None

@@ -61,7 +61,7 @@ _FIELDS: dict[int, str] = {
     AttributeProto.TYPE_PROTOS: "type_protos",
 }
 _REPEATED = frozenset(
-    "floats ints strings tensors graphs sparse_tensors type_protos".split()
+    ["floats", "ints", "strings", "tensors", "graphs", "sparse_tensors", "type_protos"]
 )
 
 

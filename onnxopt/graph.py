@@ -279,9 +279,9 @@ class GraphView:
 
         `owner` (hashable) tells whose visit this is; `ops` restricts it to operators
         as `op` names them. Nodes that an edit touches during the visit come again, unless
-        they are still to come, so a pass needs no loop of its own. Nodes whose attributes are references to a
-        function's attributes are left out unless `references`: their values differ by
-        call site.
+        they are still to come, so a pass needs no loop of its own. Nodes whose attributes
+        are references to a function's attributes are left out unless `references`: their
+        values differ by call site.
         """
         _, start = self._cursors.get(id(owner), (owner, None))
         if start == len(self.changes):

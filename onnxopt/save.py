@@ -133,6 +133,25 @@ def stage(model: Model, target: Path) -> Staged:
     return staged
 
 
+def measure(model: Model, target: Path) -> Staged | None:
+    """What `stage` would write for `target`, measured and not written.
+
+    None where weights would go to a file of their own, whose name is its digest.
+    """
+    model.settle()
+    shell = ModelProto()
+    shell.CopyFrom(model.proto)
+    if _moved_outside(shell, model):
+        return None
+    staged = Staged(target)
+    sink = _Sink(None)
+    data = shell.SerializeToString(deterministic=True)
+    _write_filled(sink, data, model.weights)
+    staged.digest = Digest(sink.digest.hexdigest(), None)
+    staged.bytes = Pair(sink.size, 0)
+    return staged
+
+
 def to_proto(model: Model) -> ModelProto:
     """A self-contained copy of a model of less than 2 GiB."""
     model.settle()
@@ -295,41 +314,46 @@ def _write_filled(sink: _Sink, data: bytes, weights: WeightStore) -> None:
 
 
 class _Sink:
-    """A file that is written from start to end, and hashed on the way."""
+    """A file that is written from start to end, and hashed on the way.
 
-    def __init__(self, file: BinaryIO) -> None:
+    Without a file it only measures.
+    """
+
+    def __init__(self, file: BinaryIO | None) -> None:
         self.file = file
         self.digest = hashlib.sha256()
         self.size = 0
 
     def write(self, chunk: bytes | memoryview) -> None:
         """Append bytes."""
-        self.file.write(chunk)
+        if self.file is not None:
+            self.file.write(chunk)
         self._count(chunk)
 
     def copy(self, tensor: TensorProto, weights: WeightStore) -> None:
         """Append a payload; the system copies what lies in a file, as that is cheaper."""
         spot = weights.spot(tensor) if tensor_bytes(tensor) >= wire.MIN_PAYLOAD else None
-        if spot is None:
+        if spot is None or self.file is None:
             for chunk in weights.chunks(tensor):
                 self.write(chunk)
             return
         source, offset = spot
         self.file.flush()
         for chunk in weights.chunks(tensor):
-            self._copy_range(source, offset, chunk)
+            self._copy_range(self.file, source, offset, chunk)
             self._count(chunk)
             offset += len(chunk)
         self.file.seek(0, os.SEEK_END)
 
-    def _copy_range(self, source: int, offset: int, chunk: bytes) -> None:
+    @staticmethod
+    def _copy_range(file: BinaryIO, source: int, offset: int, chunk: bytes) -> None:
         """Append `chunk`, which lies at `offset` of the open file `source`."""
         done = 0
         try:
             while done < len(chunk):
                 left = len(chunk) - done
-                target = self.file.fileno()
-                copied = os.copy_file_range(source, target, left, offset + done)
+                at = offset + done
+                copied = os.copy_file_range(source, file.fileno(), left, at)
                 if not copied:
                     break
                 done += copied
@@ -337,9 +361,9 @@ class _Sink:
             if error.errno not in _CANNOT_COPY:
                 raise
         if done < len(chunk):
-            os.lseek(self.file.fileno(), 0, os.SEEK_END)
-            self.file.write(memoryview(chunk)[done:])
-            self.file.flush()
+            os.lseek(file.fileno(), 0, os.SEEK_END)
+            file.write(memoryview(chunk)[done:])
+            file.flush()
 
     def _count(self, chunk: bytes | memoryview) -> None:
         self.digest.update(chunk)

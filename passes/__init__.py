@@ -43,6 +43,7 @@ _HOMES = {
     "fold-gather": ("simplify.fold_gather", "FoldGather"),
     "constant-chain": ("simplify.constant_chain", "MergeConstants"),
     "div-to-mul": ("simplify.div_to_mul", "DivToMul"),
+    "merge-products": ("simplify.merge_products", "MergeProducts"),
     "fold-qdq-weights": ("qdq.fold_qdq_weights", "FoldQdqWeights"),
     "dead-layers": ("shrink.dead_layers", "DeadLayers"),
     "zero-channels": ("shrink.zero_channels", "ZeroChannels"),

@@ -9,9 +9,11 @@
 1. The condition is a constant; or it is that of an If around this one, whose branch says
    what it is.
 2. Or both branches compute the same, whatever the condition is.
-3. What the branch holds keeps its name where that is free: nodes, weights, shapes told,
+3. Or a reader takes a rank that only one of the branches makes (the LSTM behind an If
+   that squeezes): a run that takes the other one fails.
+4. What the branch holds keeps its name where that is free: nodes, weights, shapes told,
    annotations. Its outputs take the names of the If's.
-4. An output that the branch only hands on (an outer value) is read directly; Identity
+5. An output that the branch only hands on (an outer value) is read directly; Identity
    makes it where it is an output of the scope.
 """
 
@@ -22,7 +24,7 @@ from typing import ClassVar
 
 from onnx import NodeProto
 
-from onnxopt import attributes
+from onnxopt import attributes, ranks
 from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
 from onnxopt.inlining import Inliner
@@ -70,7 +72,20 @@ def _taken(graph: GraphView, node: NodeProto) -> tuple[GraphView | None, str]:
         view.settle_all()
     if are_twins(then, other, graph.model.weights):
         return branches["then_branch"], "both branches compute the same"
+    fitting = [view for view in branches.values() if _may_be_taken(graph, node, view)]
+    if len(fitting) == 1:
+        return fitting[0], "only this branch makes a rank that its readers take"
     return None, ""
+
+
+def _may_be_taken(graph: GraphView, node: NodeProto, branch: GraphView) -> bool:
+    """Whether each output that the branch makes can have the rank that is needed."""
+    for name, inner in zip(node.output, branch.outputs(), strict=True):
+        rank = ranks.needed(graph, name) if name else None
+        made = ranks.possible(branch, inner) if rank is not None else None
+        if made is not None and rank not in made:
+            return False
+    return True
 
 
 def _branches(graph: GraphView, node: NodeProto) -> dict[str, GraphView]:
