@@ -41,7 +41,7 @@ class Ledger:
     def __init__(self, start_bytes: int | None = None, limit: int | None = None) -> None:
         self.edits = 0
         self.limit = limit
-        self.bytes = start_bytes or 0
+        self.bytes = self.start_bytes = start_bytes or 0
         self.most_bytes = (
             None
             if start_bytes is None

@@ -8,8 +8,9 @@
    of a value whose dims are known.
 3. The rest is evaluated by ONNX Runtime, nodes that share values in one session.
 4. A fold may grow the model by at most `max_growth` bytes, or a quarter of what it is
-   computed from: a scale computed from a weight folds, while what expands a constant
-   (ConstantOfShape, Expand, Tile, Cast of int8 weights...) stays as it is.
+   computed from, or a hundredth of the model: a scale computed from a weight folds, while
+   what expands a constant (ConstantOfShape, Expand, Tile, Cast of int8 weights...) stays
+   as it is. Of a chain whose end is too large the beginning folds.
 5. Never folded: DequantizeLinear (it would expand integer weights) and QuantizeLinear
    (`fold-qdq-weights` does that), whatever is random, and nodes with subgraphs.
 """
@@ -46,6 +47,8 @@ _WIDE = {
 }
 """Types that no quantizer stores weights in; all others stay behind their Cast."""
 _SMALL_SOURCE = 256
+_SHARE = 100
+"""One fold may add this part of the model; all together keep to the budget of the run."""
 MAX_VALUE_BYTES = 512 << 20
 """No value larger than this is computed, not even on the way to a smaller one."""
 
@@ -85,15 +88,10 @@ class FoldConstants(Pass):
         self, graph: GraphView, context: Context, pending: dict[int, NodeProto]
     ) -> None:
         for group in _groups(graph, pending):
-            frontier = [node for node in group if _is_frontier(graph, node, pending)]
+            group, frontier = self._affordable(graph, group)
             if not frontier:
-                continue  # nothing reads them: dead code
+                continue  # nothing reads them, or they are too large
             sources = _sources(graph, group)
-            growth = sum(_value_bytes(graph, node) for node in frontier) - sources
-            if growth > self._allowed(sources):
-                for node in frontier:
-                    graph.skip(node, f"the model would grow by {growth:,} bytes")
-                continue
             try:
                 values = _values(graph, context, group, _read(graph, frontier))
             except EvaluationError as error:
@@ -127,15 +125,36 @@ class FoldConstants(Pass):
         if any(graph.is_output(name) for name in values) and not _may_output(graph):
             graph.skip(nodes[0], "a constant cannot be an output at this IR version")
             return False
-        edit = Edit(graph, nodes[0], max_growth=self._allowed(sources))
+        edit = Edit(graph, nodes[0], max_growth=self._allowed(graph, sources))
         for node in nodes:
             edit.erase(node)
         for name, value in values.items():
             edit.add_weight(value, name, name=name)
         return graph.apply(edit, "it does not depend on the inputs")
 
-    def _allowed(self, sources: int) -> int:
-        return max(self.max_growth, sources // 4)
+    def _affordable(
+        self, graph: GraphView, group: list[NodeProto]
+    ) -> tuple[list[NodeProto], list[NodeProto]]:
+        """What of a group may be folded, and of that the nodes that others read.
+
+        Where the end of a chain is too large, its beginning may be small.
+        """
+        while group:
+            pending = {id(node): node for node in group}
+            frontier = [node for node in group if _is_frontier(graph, node, pending)]
+            sources = _sources(graph, group)
+            growth = sum(_value_bytes(graph, node) for node in frontier) - sources
+            if not frontier or growth <= self._allowed(graph, sources):
+                return group, frontier
+            for node in frontier:
+                graph.skip(node, f"the model would grow by {growth:,} bytes")
+            largest = max(frontier, key=lambda node: _value_bytes(graph, node))
+            group = [node for node in group if node is not largest]
+        return [], []
+
+    def _allowed(self, graph: GraphView, sources: int) -> int:
+        share = graph.model.ledger.start_bytes // _SHARE
+        return max(self.max_growth, sources // 4, share)
 
 
 def _values(
