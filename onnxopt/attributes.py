@@ -23,19 +23,54 @@ def get(node: NodeProto, name: str, default: Any = None) -> Any:
     A reference to a function's attribute has no value here: `has_references` tells.
     """
     attribute = find(node, name)
-    if attribute is None:
-        return default
-    value = helper.get_attribute_value(attribute)
-    if isinstance(value, bytes):
+    return default if attribute is None else value_of(attribute)
+
+
+def value_of(attribute: AttributeProto) -> Any:
+    """What an attribute says: str for strings, a list for many."""
+    kind = attribute.type
+    if attribute.ref_attr_name:
+        raise ValueError(f"attribute {attribute.name!r} is a reference")
+    if kind == AttributeProto.UNDEFINED:
+        return None
+    field = _FIELDS.get(kind)
+    if field is None:
+        raise ValueError(f"attribute {attribute.name!r} is of unknown type {kind}")
+    value = getattr(attribute, field)
+    if kind == AttributeProto.STRING:
         return value.decode(errors="surrogateescape")
-    if attribute.type == AttributeProto.STRINGS:
+    if kind == AttributeProto.STRINGS:
         return [item.decode(errors="surrogateescape") for item in value]
-    return list(value) if hasattr(value, "extend") else value
+    return list(value) if field in _REPEATED else value
+
+
+_FIELDS: dict[int, str] = {
+    AttributeProto.FLOAT: "f",
+    AttributeProto.INT: "i",
+    AttributeProto.STRING: "s",
+    AttributeProto.TENSOR: "t",
+    AttributeProto.GRAPH: "g",
+    AttributeProto.SPARSE_TENSOR: "sparse_tensor",
+    AttributeProto.TYPE_PROTO: "tp",
+    AttributeProto.FLOATS: "floats",
+    AttributeProto.INTS: "ints",
+    AttributeProto.STRINGS: "strings",
+    AttributeProto.TENSORS: "tensors",
+    AttributeProto.GRAPHS: "graphs",
+    AttributeProto.SPARSE_TENSORS: "sparse_tensors",
+    AttributeProto.TYPE_PROTOS: "type_protos",
+}
+_REPEATED = frozenset(
+    "floats ints strings tensors graphs sparse_tensors type_protos".split()
+)
 
 
 def has_references(node: NodeProto) -> bool:
     """Whether an attribute stands for one of the enclosing function's attributes."""
-    return any(attribute.ref_attr_name for attribute in node.attribute)
+    for attribute in node.attribute:  # noqa: SIM110 - any() costs as much again
+        if attribute.ref_attr_name:
+            return True
+    return False
 
 
 def bound(node: NodeProto, given: Mapping[str, AttributeProto]) -> NodeProto:

@@ -10,6 +10,7 @@ from onnx import NodeProto, TensorProto
 from onnxopt import attributes
 from onnxopt.graph import GraphView, constant_value
 from onnxopt.model import Model
+from onnxopt.symbolic.dim import at_one
 from onnxopt.weights import elements
 
 _QUANTIZED = {
@@ -80,10 +81,8 @@ def _counts(model: Model) -> Iterator[int | None]:
 
 
 def _dims(view: GraphView, name: str) -> list[int] | None:
-    shape = view.shape(name)
-    if shape is None or any(dim is None for dim in shape):
-        return None
-    return [dim if isinstance(dim, int) else 1 for dim in shape]
+    dims = view.fact(name).dims
+    return None if dims is None else [max(at_one(size), 0) for size in dims]
 
 
 def _conv(weight: int) -> Callable[[GraphView, NodeProto], int | None]:

@@ -328,6 +328,7 @@ class _Journal:
 
     def _attach(self, view: GraphView, node: NodeProto, rank: tuple[int, int]) -> None:
         view._nodes[id(node)] = node
+        view._enlist(node)
         view._rank[id(node)] = rank
         view._dead.pop(id(node), None)
         for name in filter(None, node.output):
@@ -362,6 +363,7 @@ class _Journal:
         _count_passed(view.children_of(node), -1)
         view._children.pop(id(node), None)
         del view._nodes[id(node)]
+        view._delist(node)
         view._dead[id(node)] = node
         self.bytes -= _node_bytes(node)
         self.nodes -= 1 + _inner_nodes(node)
@@ -453,11 +455,16 @@ class _Journal:
         self.bytes += _node_bytes(node) - size
         self.touched.append((view, node))
 
+    def _rename_operator(self, view: GraphView, node: NodeProto, op_type: str) -> None:
+        view._delist(node)
+        node.op_type = op_type
+        view._enlist(node)
+
     def set_op_type(self, view: GraphView, node: NodeProto, op_type: str) -> None:
         _check_exists(view, op_type, node.domain)
         before = node.op_type
-        node.op_type = op_type
-        self.undo.append(lambda: setattr(node, "op_type", before))
+        self._rename_operator(view, node, op_type)
+        self.undo.append(lambda: self._rename_operator(view, node, before))
         self.touched.append((view, node))
 
     def bypass(self, view: GraphView, node: NodeProto, values: Mapping[str, str]) -> None:

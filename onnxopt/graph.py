@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, MutableSequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from onnx import FunctionProto, GraphProto, NodeProto, TensorProto, helper
+from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto, helper
 
 from onnxopt import attributes
 from onnxopt.errors import InvalidModelError
@@ -34,6 +34,9 @@ class Use:
     node: NodeProto
     index: int
     view: GraphView
+
+
+_NO_USES: dict[tuple[int, int], Use] = {}
 
 
 class Read(NamedTuple):
@@ -67,6 +70,7 @@ class GraphView:
         self.owner = owner
         self.changes: list[NodeProto] = []
         self._nodes: dict[int, NodeProto] = {}
+        self._by_op: dict[str, dict[int, NodeProto]] = {}
         self._rank: dict[int, tuple[int, int]] = {}
         self._children: dict[int, list[GraphView]] = {}
         self._producer: dict[str, NodeProto] = {}
@@ -274,26 +278,42 @@ class GraphView:
         """Nodes to look at: all of them once, then only what changed and its neighbours.
 
         `owner` (hashable) tells whose visit this is; `ops` restricts it to operators
-        as `op` names them. Nodes that an edit touches during the visit come again, so
-        a pass needs no loop of its own. Nodes whose attributes are references to a
+        as `op` names them. Nodes that an edit touches during the visit come again, unless
+        they are still to come, so a pass needs no loop of its own. Nodes whose attributes are references to a
         function's attributes are left out unless `references`: their values differ by
         call site.
         """
         _, start = self._cursors.get(id(owner), (owner, None))
-        queue = deque(self.nodes() if start is None else self._around(start))
+        if start == len(self.changes):
+            return
+        first = self._sorted(ops) if start is None else self._around(start, ops)
+        queue, waiting = deque(first), {id(node) for node in first}
         seen, budget = len(self.changes), 1000 + 60 * len(self._nodes)
         while queue:
             node = queue.popleft()
-            if id(node) in self._nodes and (not ops or self.op(node) in ops):
+            waiting.discard(id(node))
+            if self.holds(node):
                 budget -= 1
                 if budget < 0:
                     raise RuntimeError(f"{owner} does not settle in scope {self.scope}")
                 if references or not attributes.has_references(node):
                     yield node
             if len(self.changes) > seen:
-                queue.extend(self._around(seen))
+                for other in self._around(seen, ops):
+                    if id(other) not in waiting:
+                        waiting.add(id(other))
+                        queue.append(other)
                 seen = len(self.changes)
         self._cursors[id(owner)] = owner, len(self.changes)
+
+    def _sorted(self, ops: Collection[str]) -> list[NodeProto]:
+        """The nodes of these operators (none: of all) in topological order."""
+        if not ops:
+            return self.nodes()
+        self.settle()
+        found = [node for op in ops for node in self._by_op.get(op, {}).values()]
+        found.sort(key=lambda node: self._rank[id(node)])
+        return found
 
     def forget_visits(self) -> None:
         """Let the next visit of each owner be of all nodes."""
@@ -352,6 +372,7 @@ class GraphView:
         for position, node in enumerate(graph.node):
             self._nodes[id(node)] = node
             self._rank[id(node)] = (position, 0)
+            self._enlist(node)
             for name in node.output:
                 if name:
                     self._define(name, node)
@@ -452,22 +473,33 @@ class GraphView:
         """Whether initializer `name` is a default that the model's caller may replace."""
         return name in self._given and self.model.proto.ir_version >= 4
 
-    def _around(self, start: int) -> list[NodeProto]:
+    def _around(self, start: int, ops: Collection[str]) -> list[NodeProto]:
         """The nodes logged since `start`, and those next to them, each once."""
+        changed = {id(node): node for node in self.changes[start:]}
         found: dict[int, NodeProto] = {}
-        for node in self.changes[start:]:
-            if id(node) not in self._nodes:
+        for key, node in changed.items():
+            if key not in self._nodes:
                 continue
-            found[id(node)] = node
+            found[key] = node
             for name in node.input:
                 maker = self._producer.get(name)
                 if maker is not None:
                     found.setdefault(id(maker), maker)
             for name in node.output:
-                for use in self._uses.get(name, {}).values():
+                for use in self._uses.get(name, _NO_USES).values():
                     if use.view is self:
                         found.setdefault(id(use.node), use.node)
-        return list(found.values())
+        if not ops:
+            return list(found.values())
+        return [node for node in found.values() if self.op(node) in ops]
+
+    def _enlist(self, node: NodeProto) -> None:
+        """Put `node` into the index of operators."""
+        self._by_op.setdefault(self.op(node), {})[id(node)] = node
+
+    def _delist(self, node: NodeProto) -> None:
+        """Take `node` out of the index of operators, before it becomes another."""
+        del self._by_op[self.op(node)][id(node)]
 
     def _sources(self, node: NodeProto) -> Iterator[NodeProto]:
         """The nodes of this scope that `node` depends on, captures included."""
@@ -573,21 +605,25 @@ def constant_value(node: NodeProto) -> TensorProto | None:
     if len(node.attribute) != 1 or node.attribute[0].ref_attr_name:
         return None
     attribute = node.attribute[0]
+    if attribute.name == "value":
+        return attribute.t if attribute.type == AttributeProto.TENSOR else None
+    kind = _CONSTANT_KINDS.get(attribute.name)
+    if kind is None:
+        return None
     value = helper.get_attribute_value(attribute)
-    match attribute.name:
-        case "value":
-            return value if isinstance(value, TensorProto) else None
-        case "value_int" | "value_ints":
-            kind = TensorProto.INT64
-        case "value_float" | "value_floats":
-            kind = TensorProto.FLOAT
-        case "value_string" | "value_strings":
-            kind = TensorProto.STRING
-        case _:
-            return None
     many = attribute.name.endswith("s")
     items = list(value) if many else [value]
     return helper.make_tensor("", kind, [len(items)] if many else [], items)
+
+
+_CONSTANT_KINDS = {
+    "value_int": TensorProto.INT64,
+    "value_ints": TensorProto.INT64,
+    "value_float": TensorProto.FLOAT,
+    "value_floats": TensorProto.FLOAT,
+    "value_string": TensorProto.STRING,
+    "value_strings": TensorProto.STRING,
+}
 
 
 def _annotated(graph: GraphProto) -> Iterator[str]:

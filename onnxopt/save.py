@@ -11,12 +11,12 @@ so do the large ones of any model that would pass protobuf's limit of 2 GiB.
 from __future__ import annotations
 
 import bisect
+import errno
 import hashlib
 import io
-import itertools
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -101,6 +101,10 @@ class Staged:
         self.discard()
 
 
+_CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF}
+"""What the system says where it cannot copy between two files itself."""
+
+
 def stage(model: Model, target: Path) -> Staged:
     """Write `model` beside `target`, ready to be judged and committed.
 
@@ -182,26 +186,25 @@ def _is_source(tensor: TensorProto) -> bool:
 def _write_data(staged: Staged, moved: list[TensorProto], weights: WeightStore) -> None:
     """Write the data file, and let the tensors name it."""
     temporary = files.beside(staged.target)
-    digest = hashlib.sha256()
     regions = _Regions(moved)
     known: dict[Place, int] = {}
     spots: list[tuple[int, int]] = []
     try:
         with _create(temporary) as file:
+            sink = _Sink(file)
             for tensor in moved:
                 where = place(tensor)
                 if where is None:
-                    spots.append(_append(file, digest, tensor, weights))
+                    spots.append(_append(sink, tensor, weights))
                     continue
                 region = regions.around(where)
                 if region not in known:  # what overlaps stays one
                     copied = _region_tensor(region)
-                    known[region], _ = _append(file, digest, copied, weights)
+                    known[region], _ = _append(sink, copied, weights)
                 offset = known[region] + where.offset - region.offset
                 spots.append((offset, tensor_bytes(tensor)))
             _sync(file)
-            size = file.tell()
-            name = f"{staged.target.stem}-{digest.hexdigest()[:12]}.data"
+            name = f"{staged.target.stem}-{sink.digest.hexdigest()[:12]}.data"
             place_at = staged.target.with_name(name)
             staged.claim(files.Claim(file, temporary, place_at))
     finally:
@@ -210,8 +213,8 @@ def _write_data(staged: Staged, moved: list[TensorProto], weights: WeightStore) 
         for field in TYPED_FIELDS:
             tensor.ClearField(field)
         set_place(tensor, Place(name, offset, length))
-    staged.digest = Digest("", digest.hexdigest())
-    staged.bytes = Pair(0, size)
+    staged.digest = Digest("", sink.digest.hexdigest())
+    staged.bytes = Pair(0, sink.size)
 
 
 class _Regions:
@@ -248,16 +251,12 @@ def _region_tensor(region: Place) -> TensorProto:
     return tensor
 
 
-def _append(
-    file: BinaryIO, digest: hashlib._Hash, tensor: TensorProto, weights: WeightStore
-) -> tuple[int, int]:
+def _append(sink: _Sink, tensor: TensorProto, weights: WeightStore) -> tuple[int, int]:
     length = tensor_bytes(tensor)
     step = ALIGNMENT if length >= ALIGNED_FROM else 16
-    padding = bytes(-file.tell() % step)
-    for chunk in itertools.chain((padding,), weights.chunks(tensor)):
-        file.write(chunk)
-        digest.update(chunk)
-    return file.tell() - length, length
+    sink.write(bytes(-sink.size % step))
+    sink.copy(tensor, weights)
+    return sink.size - length, length
 
 
 # ---- the model file ----
@@ -271,19 +270,16 @@ def _inline(tensor: TensorProto, weights: WeightStore) -> None:
 
 
 def _write_model(staged: Staged, shell: ModelProto, weights: WeightStore) -> None:
-    digest, size = hashlib.sha256(), 0
     data = shell.SerializeToString(deterministic=True)
     with _create(staged.path) as file:
-        for chunk in _chunks(data, weights):
-            file.write(chunk)
-            digest.update(chunk)
-            size += len(chunk)
+        sink = _Sink(file)
+        _write_filled(sink, data, weights)
         _sync(file)
-    staged.digest = Digest(digest.hexdigest(), staged.digest.data)
-    staged.bytes = Pair(size, staged.bytes.data)
+    staged.digest = Digest(sink.digest.hexdigest(), staged.digest.data)
+    staged.bytes = Pair(sink.size, staged.bytes.data)
 
 
-def _chunks(data: bytes, weights: WeightStore) -> Iterator[bytes | memoryview]:
+def _write_filled(sink: _Sink, data: bytes, weights: WeightStore) -> None:
     """The serialized shell with the payloads back in their places."""
     file, view = io.BytesIO(data), memoryview(data)
     for piece in wire.rewrite(
@@ -291,11 +287,63 @@ def _chunks(data: bytes, weights: WeightStore) -> Iterator[bytes | memoryview]:
     ):
         match piece:
             case wire.Payload(tensor=tensor):
-                yield from weights.chunks(tensor)
+                sink.copy(tensor, weights)
             case wire.Span(start=start, end=end):
-                yield view[start:end]
+                sink.write(view[start:end])
             case bytes():
-                yield piece
+                sink.write(piece)
+
+
+class _Sink:
+    """A file that is written from start to end, and hashed on the way."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, chunk: bytes | memoryview) -> None:
+        """Append bytes."""
+        self.file.write(chunk)
+        self._count(chunk)
+
+    def copy(self, tensor: TensorProto, weights: WeightStore) -> None:
+        """Append a payload; the system copies what lies in a file, as that is cheaper."""
+        spot = weights.spot(tensor) if tensor_bytes(tensor) >= wire.MIN_PAYLOAD else None
+        if spot is None:
+            for chunk in weights.chunks(tensor):
+                self.write(chunk)
+            return
+        source, offset = spot
+        self.file.flush()
+        for chunk in weights.chunks(tensor):
+            self._copy_range(source, offset, chunk)
+            self._count(chunk)
+            offset += len(chunk)
+        self.file.seek(0, os.SEEK_END)
+
+    def _copy_range(self, source: int, offset: int, chunk: bytes) -> None:
+        """Append `chunk`, which lies at `offset` of the open file `source`."""
+        done = 0
+        try:
+            while done < len(chunk):
+                left = len(chunk) - done
+                target = self.file.fileno()
+                copied = os.copy_file_range(source, target, left, offset + done)
+                if not copied:
+                    break
+                done += copied
+        except OSError as error:
+            if error.errno not in _CANNOT_COPY:
+                raise
+        if done < len(chunk):
+            os.lseek(self.file.fileno(), 0, os.SEEK_END)
+            self.file.write(memoryview(chunk)[done:])
+            self.file.flush()
+
+    def _count(self, chunk: bytes | memoryview) -> None:
+        self.digest.update(chunk)
+        self.size += len(chunk)
 
 
 def _holds_places(data: bytes) -> Callable[[wire.Field], bool]:

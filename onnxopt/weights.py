@@ -246,6 +246,13 @@ class WeightStore:
         for start in range(0, length, CHUNK):
             yield source.read(where.offset + start, min(CHUNK, length - start))
 
+    def spot(self, tensor: TensorProto) -> tuple[int, int] | None:
+        """The open file and the offset at which a payload lies; None where in memory."""
+        where = place(tensor)
+        if where is None:
+            return None
+        return self._open(tensor, where).file.fileno(), where.offset
+
     def head(self, tensor: TensorProto, size: int) -> bytes:
         """The first `size` bytes of the raw payload, or all where there are fewer."""
         where = place(tensor)

@@ -368,7 +368,7 @@ def test_edits_during_a_visit_bring_nodes_back() -> None:
             edit.bypass(node, {node.output[0]: node.input[0]})
             assert view.apply(edit, "test")
     assert seen[:2] == ["a", "b"]
-    assert sorted(seen[2:]) == sorted(["c", "d", "e", "z", "a", "c", "d"])
+    assert sorted(seen[2:]) == ["a", "c", "d", "e", "z"]  # what waits comes once
     assert visited(view, "p") == []
 
 

@@ -160,6 +160,36 @@ def atoms(size: Dim) -> Iterator[Atom]:
                 yield from atoms(argument)
 
 
+def at_one(size: Dim) -> int:
+    """What it is where every size that has but a name is 1."""
+    if isinstance(size, int):
+        return size
+    total = 0
+    for monomial, factor in size.terms:
+        for item in monomial:
+            factor *= _atom_at_one(item)
+        total += factor
+    return total
+
+
+def _atom_at_one(item: Atom) -> int:
+    given = [at_one(argument) for argument in item.arguments]
+    match item.function, given:
+        case "bcast", _:
+            return max(given)
+        case "floor_quotient", (left, right):
+            return left // right if right else 1
+        case "length", (low, high):
+            return max(high - low, 0)
+        case "max", _:
+            return max(given)
+        case "min", _:
+            return min(given)
+        case "mod", (left, right):
+            return left % right if right else 1
+    return 1
+
+
 def is_never_negative(size: Dim) -> bool:
     """Whether no atom's value makes it less than 0, as far as the signs tell."""
     return all(factor >= 0 for _, factor in _terms(size))

@@ -3,9 +3,10 @@
     a = Shape(x)                a = Shape(x)
     b = Shape(x)          ->    (readers of b read a)
 
-1. Two nodes of one scope with the same operator, inputs and attributes.
+1. Two nodes with the same operator, inputs and attributes; the order of the inputs does
+   not matter to Add, Mul, Equal and logic (from opset 7 on).
 2. Standard operators only, and none that is random or holds a subgraph.
-3. The earlier one stays, with its names.
+3. The earlier one stays, with its names; that of an outer scope, before one inside.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from onnxopt import attributes
 from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
 from onnxopt.manager import Context, Pass
+from onnxopt.model import Model
 from onnxopt.operators import RANDOM
 from onnxopt.report import Guarantee
 
@@ -30,30 +32,59 @@ class ShareCommonSubexpressions(Pass):
     name: ClassVar[str] = "cse"
     guarantee: ClassVar[Guarantee] = "bitwise"
 
-    def run(self, graph: GraphView, context: Context) -> None:
-        """In topological order, so that what reads twins becomes twins in turn."""
-        changed = [node for node in graph.visit(self) if _is_comparable(graph, node)]
-        if not changed:
-            return
-        firsts: dict[Key, NodeProto] = {}
-        for node in graph.nodes():
-            if attributes.has_references(node) or not _is_comparable(graph, node):
-                continue
-            first = firsts.setdefault(_key(node), node)
-            if first is not node:
-                _merge(graph, first, node)
+    def run_model(self, model: Model, context: Context) -> None:
+        """Outer scopes first: what they compute serves the inner ones."""
+        changed = [
+            _is_comparable(view, node)
+            for view in model.views()
+            for node in view.visit(self)
+        ]
+        if any(changed):
+            for root in (model.main, *model.functions):
+                _share(root, [])
+
+
+def _share(graph: GraphView, outer: list[_Firsts]) -> None:
+    """In topological order, so that what reads twins becomes twins in turn."""
+    firsts: _Firsts = {}
+    for node in graph.nodes():
+        if attributes.has_references(node) or not _is_comparable(graph, node):
+            continue
+        key = _key(graph, node)
+        twins = (found[key] for found in (*outer, firsts) if key in found)
+        view, first = next(twins, (graph, node))
+        if first is node:
+            firsts[key] = graph, node
+        elif view is graph or _may_leave(graph, node, view):
+            _merge(graph, first, node)
+    for child in list(graph.children()):
+        _share(child, [*outer, firsts])
+
+
+def _may_leave(graph: GraphView, node: NodeProto, outer: GraphView) -> bool:
+    """Whether a node of scope `outer` can do for `node`, which is in a scope inside."""
+    if any(graph.is_output(name) for name in node.output):
+        return False  # a scope makes its outputs itself
+    return all(graph.home(name) is outer.home(name) for name in node.input if name)
 
 
 Key = tuple[str, tuple[str, ...], tuple[bool, ...], tuple[bytes, ...]]
+_Firsts = dict[Key, tuple[GraphView, NodeProto]]
+
+_COMMUTATIVE = {"Add", "Mul", "Equal", "And", "Or", "Xor"}
+_COMMUTATIVE |= {"BitwiseAnd", "BitwiseOr", "BitwiseXor"}
 
 
-def _key(node: NodeProto) -> Key:
+def _key(graph: GraphView, node: NodeProto) -> Key:
     """Nodes with equal keys compute equal outputs."""
     settings = sorted(
         item.SerializeToString(deterministic=True) for item in node.attribute
     )
     made = tuple(bool(name) for name in node.output)
-    return node.op_type, tuple(node.input), made, tuple(settings)
+    inputs = tuple(node.input)
+    if node.op_type in _COMMUTATIVE and graph.opset() >= 7:
+        inputs = tuple(sorted(inputs))
+    return node.op_type, inputs, made, tuple(settings)
 
 
 def _merge(graph: GraphView, first: NodeProto, second: NodeProto) -> None:
