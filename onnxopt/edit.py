@@ -113,8 +113,10 @@ class Edit:
         for key, value in (attrs or {}).items():
             if value is not None:
                 made.attribute.append(attributes.make(key, value))
-        made.doc_string = node.doc_string
+        if node.doc_string:
+            made.doc_string = node.doc_string
         made.metadata_props.extend(node.metadata_props)
+        _place_as(made, node)
         self.erase(node)
         self._steps.append(lambda j: j.insert(self.graph, made, node))
 
@@ -728,6 +730,17 @@ def _restore_weight(view: GraphView, tensor: TensorProto) -> None:
 def _restore_input(view: GraphView, graph: GraphProto, index: int, value: Any) -> None:
     graph.input.insert(index, value)
     view._given.add(value.name)
+
+
+def _place_as(made: NodeProto, node: NodeProto) -> None:
+    """Let `made` run on the devices of `node`; it may read other values."""
+    for configuration in getattr(node, "device_configurations", ()):
+        copy = made.device_configurations.add()
+        copy.CopyFrom(configuration)
+        del copy.sharding_spec[:]
+        for spec in configuration.sharding_spec:
+            if spec.tensor_name in (*made.input, *made.output):
+                copy.sharding_spec.append(spec)
 
 
 def _shards(node: NodeProto, name: str) -> list[Any]:

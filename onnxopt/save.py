@@ -395,9 +395,25 @@ def _filled(data: bytes, field: wire.Field) -> list[wire.Piece] | None:
     rest.ClearField("external_data")
     rest.ClearField("data_location")
     length = tensor_bytes(tensor)
-    head = rest.SerializeToString(deterministic=True)
+    head, tail = _around_payload(rest)
     head += wire.header(wire.TENSOR_RAW_DATA, length)
-    return [head, wire.Payload(tensor, length)]
+    return [head, wire.Payload(tensor, length), tail]
+
+
+def _around_payload(rest: TensorProto) -> tuple[bytes, bytes]:
+    """What stands before and behind the payload where protobuf itself writes a tensor.
+
+    So a payload from a file and one from memory give the same bytes.
+    """
+    front = TensorProto()
+    front.CopyFrom(rest)
+    front.DiscardUnknownFields()
+    for field, _ in front.ListFields():
+        if field.number > wire.TENSOR_RAW_DATA:
+            front.ClearField(field.name)
+    whole = rest.SerializeToString(deterministic=True)
+    length = front.ByteSize()
+    return whole[:length], whole[length:]
 
 
 # ---- files ----

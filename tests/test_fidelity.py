@@ -506,7 +506,7 @@ def add_if(model: ModelProto, then: GraphProto, otherwise: GraphProto) -> None:
 @feature
 def nested_subgraphs(model: ModelProto) -> None:
     inner = branch("inner", helper.make_node("Neg", ["r"], ["n1"], doc_string="deep"))
-    other = branch("other", helper.make_node("Abs", ["then_w"], ["n2"]))
+    other = branch("other", helper.make_node("Odd", ["then_w"], ["n2"], domain=CUSTOM))
     nested = helper.make_node(
         "If", ["flag"], ["n3"], then_branch=inner, else_branch=other
     )
@@ -576,7 +576,7 @@ def functions_with_attributes(model: ModelProto) -> None:
 
 @feature
 def function_metadata_and_value_info(model: ModelProto) -> None:
-    body = [helper.make_node("Neg", ["a"], ["t"]), helper.make_node("Abs", ["t"], ["u"])]
+    body = [helper.make_node("Neg", ["a"], ["t"]), helper.make_node("Exp", ["t"], ["u"])]
     made = add_function(model, "with_metadata", *body)
     made.doc_string = "about the function"
     add_props(made)

@@ -100,6 +100,17 @@ def test_inline_weights_stay_inline(tmp_path: Path) -> None:
     assert (staged.bytes.model, staged.bytes.data) == (len(data), 0)
 
 
+def test_fields_stand_where_protobuf_writes_them(tmp_path: Path) -> None:
+    """So the same model gives the same bytes, wherever its payloads came from."""
+    proto = make_model()
+    for tensor in proto.graph.initializer:
+        tensor.doc_string = "behind the payload"
+        tensor.metadata_props.add(key="key", value="value")
+    put(write(tmp_path / "in.onnx", proto), tmp_path / "out.onnx")
+    expected = proto.SerializeToString(deterministic=True)
+    assert (tmp_path / "out.onnx").read_bytes() == expected
+
+
 def test_external_weights_stay_external_under_the_name_of_their_hash(
     tmp_path: Path,
 ) -> None:
