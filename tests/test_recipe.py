@@ -136,7 +136,7 @@ def test_passes_that_cannot_be_loaded_are_told_where_they_are_named() -> None:
         parse_pipeline("absent")
     with pytest.raises(UsageError, match=r"pass 'other' of .* is no onnxopt Pass"):
         parse_pipeline("other")
-    with pytest.raises(UsageError, match="there are absent, .*, cse, dead-code, "):
+    with pytest.raises(UsageError, match=r"there are absent, .*, cse, dead-code, "):
         parse_pipeline("nothing")
 
 
