@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +37,7 @@ def check_target(path: Path) -> None:
 
 def beside(target: Path) -> Path:
     """A new name in the folder of `target`, from where a rename is atomic."""
-    return target.with_name(f".{target.name[:200]}.{secrets.token_hex(6)}.tmp")
+    return target.with_name(f".{target.name[:200]}.{os.urandom(6).hex()}.tmp")
 
 
 def sync_folder(folder: Path) -> None:

@@ -33,7 +33,8 @@ class Context:
 class Pass:
     """One rewrite. Its dataclass fields are its parameters in recipes and pipelines.
 
-    `guarantee` is what it promises: `bitwise`, `equivalent` or `lossy`.
+    Without any, a pass needs no decorator. `guarantee` is what it promises: `bitwise`,
+    `equivalent` or `lossy`.
     """
 
     name: ClassVar[str]

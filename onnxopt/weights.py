@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 import stat
 import tempfile
 import weakref
@@ -43,8 +42,8 @@ CHUNK = 4 << 20
 SPILL_FROM = 1 << 20
 """Weights that a pass wrote leave memory from this size on (bytes)."""
 
-SOURCE = f"\0source-{secrets.token_hex(8)}"
-SPILL = f"\0spill-{secrets.token_hex(8)}"
+SOURCE = f"\0source-{os.urandom(8).hex()}"
+SPILL = f"\0spill-{os.urandom(8).hex()}"
 """Locations of ours: the model file itself, the spill file. No model can name them."""
 
 _BITS = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4}

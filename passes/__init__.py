@@ -105,6 +105,9 @@ _SIMPLIFY = (
     "div-to-mul",
 )
 
+ON_REQUEST = ("inline-functions",)
+"""Passes of no recipe that comes with onnxopt: they change what a user may want kept."""
+
 _SHRINK = ("dead-layers", "zero-channels")
 
 PIPELINES: dict[str, tuple[str, ...]] = {

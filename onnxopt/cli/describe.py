@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from onnxopt.cli.terminal import Block, Table
-from onnxopt.runtime import provider_name
 
 if TYPE_CHECKING:
     from onnxopt.inspection.survey import Inspection, Value
@@ -226,6 +225,8 @@ def _notes_on_providers(validation: Validation) -> Iterator[str]:
 
 
 def _is_cpu(provider: str) -> bool:
+    from onnxopt.runtime import provider_name  # only a verdict names providers
+
     return provider_name(provider) == "CPUExecutionProvider"
 
 

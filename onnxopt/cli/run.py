@@ -10,10 +10,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-import onnx.printer
 
 from onnxopt import api, files
 from onnxopt.cli import describe, options, terminal
@@ -23,7 +22,9 @@ from onnxopt.errors import InvalidModelError, OnnxoptError, UsageError, Validati
 from onnxopt.manager import Observer, Pass
 from onnxopt.model import Model
 from onnxopt.report import Report
-from onnxopt.validation.placement import ProviderTime
+
+if TYPE_CHECKING:
+    from onnxopt.validation.placement import ProviderTime
 
 
 def transform(source: str, recipe: str, given: Mapping[str, Any]) -> int:
@@ -165,6 +166,8 @@ def _printer(names: Sequence[str], to_stderr: bool) -> Observer | None:
     """What shows the model after the passes in `names`."""
     if not names:
         return None
+
+    import onnx.printer
 
     def show(pass_: Pass, model: Model, edits: int) -> None:
         if edits and ("all" in names or pass_.name in names):

@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -32,7 +31,6 @@ from onnxopt.report import Guarantee
 from onnxopt.weights import Array
 
 
-@dataclass(frozen=True)
 class FoldQdqWeights(Pass):
     """Replace QuantizeLinear of a constant by the integers that it computes."""
 

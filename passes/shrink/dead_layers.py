@@ -17,7 +17,6 @@ What only the operand needed goes with it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -46,7 +45,6 @@ OUTPUT_GROWTH = 256
 """Bytes that the constant in place of an output may take more than what made it."""
 
 
-@dataclass(frozen=True)
 class DeadLayers(Pass):
     """Remove zero and constant branches, constant outputs, and layers that do nothing."""
 

@@ -20,7 +20,6 @@ found from operators instead of gradients.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from onnxopt.channels.decision import Decision
@@ -33,7 +32,6 @@ from onnxopt.manager import Context, Pass
 from onnxopt.report import Guarantee
 
 
-@dataclass(frozen=True)
 class ZeroChannels(Pass):
     """Remove channels that are zero, constant or unused, with all that goes with them."""
 

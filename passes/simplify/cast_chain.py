@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from onnx import NodeProto, TensorProto
@@ -45,7 +44,6 @@ _FLOATS: dict[int, tuple[int, int]] = {
 """Bits of the significand and of the exponent."""
 
 
-@dataclass(frozen=True)
 class MergeCasts(Pass):
     """Merge Casts where the first is to a wider type."""
 

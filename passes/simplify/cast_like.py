@@ -11,7 +11,6 @@ The Cast may then fold, or turn out to change nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from onnxopt import attributes
@@ -21,7 +20,6 @@ from onnxopt.manager import Context, Pass
 from onnxopt.report import Guarantee
 
 
-@dataclass(frozen=True)
 class CastLikeToCast(Pass):
     """Let CastLike be a Cast where the type is known."""
 

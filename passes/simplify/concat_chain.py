@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 from onnx import NodeProto
@@ -27,7 +26,6 @@ from onnxopt.manager import Context, Pass
 from onnxopt.report import Guarantee
 
 
-@dataclass(frozen=True)
 class MergeConcats(Pass):
     """Merge nested Concats; undo Split and Slices that a Concat puts together again."""
 

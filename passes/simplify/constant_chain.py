@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -28,7 +27,6 @@ from onnxopt.report import Guarantee
 from onnxopt.steps import reaches_step
 
 
-@dataclass(frozen=True)
 class MergeConstants(Pass):
     """Merge chains of Mul and Div, or of Add and Sub, by constants."""
 

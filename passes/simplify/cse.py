@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from onnx import AttributeProto, NodeProto
@@ -25,7 +24,6 @@ from onnxopt.operators import RANDOM
 from onnxopt.report import Guarantee
 
 
-@dataclass(frozen=True)
 class ShareCommonSubexpressions(Pass):
     """Let equal nodes be one."""
 

@@ -12,7 +12,6 @@ well, whose value the caller may replace (IR version 4 on).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from onnxopt.edit import Edit
@@ -21,7 +20,6 @@ from onnxopt.manager import Context, Pass
 from onnxopt.report import Guarantee
 
 
-@dataclass(frozen=True)
 class DeadCode(Pass):
     """Remove nodes and weights that no output depends on."""
 

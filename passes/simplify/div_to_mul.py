@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -26,7 +25,6 @@ from onnxopt.steps import reaches_step
 from onnxopt.weights import Array
 
 
-@dataclass(frozen=True)
 class DivToMul(Pass):
     """Multiply by the reciprocal of a constant."""
 

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from onnxopt import attributes
@@ -42,7 +41,6 @@ _READERS = frozenset(
 )
 
 
-@dataclass(frozen=True)
 class DropExpands(Pass):
     """Remove Expand before operators that broadcast."""
 

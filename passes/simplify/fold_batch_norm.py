@@ -19,7 +19,6 @@ Source: Jacob et al., Quantization and Training of Neural Networks, section 3.2
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -33,7 +32,6 @@ from onnxopt.manager import Context, Pass
 from onnxopt.report import Guarantee
 
 
-@dataclass(frozen=True)
 class FoldBatchNorm(Pass):
     """Fold BatchNormalization into the Conv, ConvTranspose, Gemm or MatMul beside it."""
 

@@ -17,7 +17,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -34,7 +33,6 @@ from onnxopt.report import Guarantee
 Indices = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
 class FoldGather(Pass):
     """Fold a Gather of channels into the linear layer beside it."""
 

@@ -17,7 +17,6 @@ finite number, which shows where all that a window sees of its input is -inf or 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from onnx import NodeProto
@@ -31,7 +30,6 @@ from onnxopt.report import Guarantee
 _LAYERS = ("Conv", "AveragePool", "MaxPool")
 
 
-@dataclass(frozen=True)
 class FoldPad(Pass):
     """Fold Pad into the Conv, AveragePool or MaxPool behind it."""
 

@@ -19,7 +19,6 @@ Reshape cannot tell a -1 of a tensor without elements.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -41,7 +40,6 @@ _MAKES_SIZES = frozenset(_SIZE_MAKERS.split())
 _COPY, _REST = 0, -1
 
 
-@dataclass(frozen=True)
 class FoldShapes(Pass):
     """Fold what is computed from shapes, also where sizes are symbols."""
 

@@ -16,7 +16,6 @@ may be finite where the steps are not.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import ClassVar
 
 from onnx import NodeProto
@@ -29,7 +28,6 @@ from onnxopt.pattern import Declined, Failure, match
 from onnxopt.report import Guarantee
 
 
-@dataclass(frozen=True)
 class FuseOperators(Pass):
     """Put LayerNormalization, Gelu, Softmax... in the place of their single steps."""
 

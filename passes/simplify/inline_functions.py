@@ -17,7 +17,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx
@@ -32,7 +31,6 @@ from onnxopt.model import Model
 from onnxopt.report import Guarantee
 
 
-@dataclass(frozen=True)
 class InlineFunctions(Pass):
     """Replace calls of local functions by what these compute."""
 

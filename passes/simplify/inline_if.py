@@ -19,7 +19,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from onnx import NodeProto
@@ -34,7 +33,6 @@ from onnxopt.report import Guarantee
 from onnxopt.twins import are_twins
 
 
-@dataclass(frozen=True)
 class InlineIf(Pass):
     """Replace an If whose outcome is known by its branch."""
 

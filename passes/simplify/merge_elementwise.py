@@ -38,7 +38,6 @@ _INVERSE_OF_ITSELF = ("Neg", "Not")
 _IDEMPOTENT = ("Abs", "Floor", "Ceil", "Round", "Sign")
 
 
-@dataclass(frozen=True)
 class MergeElementwise(Pass):
     """Merge Relu, Clip, Min, Max with scalars; remove Neg of Neg, Not of Not..."""
 

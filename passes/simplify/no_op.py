@@ -21,7 +21,6 @@ x + 0 turns -0.0 into 0.0, and removing it keeps -0.0: equal by ==.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -38,7 +37,6 @@ MAX_SCAN = 1 << 20
 """Larger constants (bytes) are not read just to see whether they are all 0 or 1."""
 
 
-@dataclass(frozen=True)
 class RemoveNoOp(Pass):
     """Remove Cast, Transpose, Pad, Slice, Reshape, Add... where they change nothing."""
 

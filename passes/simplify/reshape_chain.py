@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -31,7 +30,6 @@ _CHAIN = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 _NODES = (*_CHAIN, "Transpose")
 
 
-@dataclass(frozen=True)
 class MergeReshapes(Pass):
     """Merge chains of Reshape, Flatten, Squeeze and Unsqueeze."""
 

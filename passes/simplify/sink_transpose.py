@@ -39,7 +39,6 @@ MAX_COPIED = 1024
 """Bytes of a constant that others read, too, and that is stored once more."""
 
 
-@dataclass(frozen=True)
 class SinkTransposes(Pass):
     """Move Transposes through what does not care about the layout, until they meet."""
 

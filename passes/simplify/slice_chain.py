@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -28,7 +27,6 @@ from onnxopt.slices import END, Cut
 _ALL = (1 << 63) - 1
 
 
-@dataclass(frozen=True)
 class MergeSlices(Pass):
     """Merge Slices of Slices."""
 

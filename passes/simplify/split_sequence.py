@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -27,7 +26,6 @@ from onnxopt.manager import Context, Pass
 from onnxopt.report import Guarantee
 
 
-@dataclass(frozen=True)
 class SplitSequence(Pass):
     """Let SplitToSequence and SequenceAt be a Split."""
 

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from onnx import NodeProto
@@ -25,7 +24,6 @@ from onnxopt.report import Guarantee
 _MOVES = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
 
 
-@dataclass(frozen=True)
 class MergeTransposes(Pass):
     """Merge Transpose with Transpose, and with what moves dims of size 1."""
 

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from onnx import NodeProto
@@ -25,7 +24,6 @@ from onnxopt.report import Guarantee
 _FLAGS = ("transA", "transB")
 
 
-@dataclass(frozen=True)
 class TransposeIntoGemm(Pass):
     """Let Gemm, and MatMul of rank 2, transpose what they read."""
 
