@@ -8,15 +8,20 @@ their defaults). Where a tool has a leaner way from file to file, that one is ta
 
 from __future__ import annotations
 
-import sys
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import environments
 
+ROOT = Path(__file__).resolve().parent.parent
 CACHE = environments.CACHE / "rivals"
 ONNX, ORT = "onnx==1.23.2", "onnxruntime==1.32.0"
 
+_ONNXOPT = """
+import sys, onnxopt
+onnxopt.simplify(sys.argv[1], validate=False).save(sys.argv[2])
+"""
 _ONNXSIM = """
 import sys, onnxsim
 model, _ = onnxsim.simplify(sys.argv[1], output_path=sys.argv[2])
@@ -59,7 +64,7 @@ ort.InferenceSession(source, options, ["CPUExecutionProvider"])
 
 @dataclass(frozen=True)
 class Tool:
-    """One way to simplify a file; `packages` without any: this environment."""
+    """One way to simplify a file."""
 
     name: str
     environment: str
@@ -71,15 +76,10 @@ class Tool:
 
     def python(self) -> str:
         """The interpreter of its environment."""
-        if not self.packages:
-            return sys.executable
         return str(CACHE / self.environment / "bin" / "python")
 
     def command(self, source: Path, target: Path) -> list[str]:
         """What simplifies `source` into `target`."""
-        if not self.packages:
-            given = ["-m", "onnxopt", "simplify", str(source), "-o", str(target)]
-            return [self.python(), *given, "--no-validate"]
         given = ["-c", self.script, str(source), str(target)]
         return [self.python(), *given, *self.arguments]
 
@@ -88,16 +88,29 @@ class Tool:
         return [self.python(), "-c", "import onnx"]
 
     def build(self) -> None:
-        """Make its environment, where it is not there with these versions."""
-        if self.packages:
-            environments.build(CACHE / self.environment, self.packages)
+        """Make its environment, where it is not there with these versions.
+
+        Ours is installed anew, as a user would: from a wheel of this checkout.
+        """
+        python = environments.build(CACHE / self.environment, self.packages)
+        if self.name == "onnxopt":
+            install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps"]
+            subprocess.run([*install, "--force-reinstall", str(ROOT)], check=True)
 
 
+_NEEDED = (
+    "click==8.5.1",
+    "ml_dtypes==0.6.0",
+    "msgspec==0.22.0",
+    "onnx_graphsurgeon==0.6.1",
+    "PyYAML==6.0.3",
+    "rich==15.0.0",
+)
 _SLIM = ("onnxslim==0.1.98", ONNX, ORT)
 TOOLS = {
     tool.name: tool
     for tool in (
-        Tool("onnxopt", "", (), ""),
+        Tool("onnxopt", "onnxopt", (*_NEEDED, ONNX, ORT), _ONNXOPT),
         Tool("onnxsim", "onnxsim", ("onnxsim==0.8.1", ONNX, ORT), _ONNXSIM, leader=True),
         Tool("onnxslim", "onnxslim", _SLIM, _ONNXSLIM, leader=True),
         Tool("onnxslim-command", "onnxslim", _SLIM, _ONNXSLIM_COMMAND),

@@ -91,7 +91,7 @@ class Result:
         """
         assert self._model is not None
         target = Path(path)
-        with stage(self._model, target) as staged:
+        with stage(self._model, target, is_measured=True) as staged:
             staged.keep = self._model.weights.data_files()
             staged.commit()
 

@@ -178,6 +178,12 @@ def _gather(node: NodeProto, inputs: Any, opset: int) -> Array:
     return np.asarray(np.take(inputs[0], inputs[1], axis=attributes.get(node, "axis", 0)))
 
 
+def _gather_nd(node: NodeProto, inputs: Any, opset: int) -> Array:
+    data, indices = inputs
+    _require(not attributes.get(node, "batch_dims", 0))
+    return np.asarray(data[tuple(np.moveaxis(indices, -1, 0))])
+
+
 def _axes(node: NodeProto, inputs: Any, slot: int = 1) -> tuple[int, ...] | None:
     """Axes from the attribute (old opsets) or from an input; None where not given."""
     axes = attributes.get(node, "axes")
@@ -211,7 +217,7 @@ def _slice(node: NodeProto, inputs: Any, opset: int) -> Array:
     index: list[slice] = [slice(None)] * array.ndim
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         # as the end of a step backwards, the largest integer means different things
-        _require(step > 0 or -array.shape[axis] - 1 <= end < 2**31 - 1)
+        _require(step > 0 or end < 2**31 - 1)
         if step < 0:
             # what is before the first element counts as the first, as a start
             start = max(start, -array.shape[axis])
@@ -254,8 +260,7 @@ def _range(node: NodeProto, inputs: Any, opset: int) -> Array:
 
 def _expand(node: NodeProto, inputs: Any, opset: int) -> Array:
     array, dims = inputs[0], tuple(int(dim) for dim in inputs[1])
-    _require(int(np.prod(dims, dtype=object)) <= MAX_ELEMENTS)
-    return np.broadcast_to(array, np.broadcast_shapes(array.shape, dims)).copy()
+    return np.broadcast_to(array, np.broadcast_shapes(array.shape, dims))  # a view
 
 
 def _where(node: NodeProto, inputs: Any, opset: int) -> Array:
@@ -329,6 +334,7 @@ _RULES: dict[str, Rule] = {
     "ConstantOfShape": _constant_of_shape,
     "Expand": _expand,
     "Gather": _gather,
+    "GatherND": _gather_nd,
     "Max": _extreme(np.maximum),
     "Min": _extreme(np.minimum),
     "Range": _range,

@@ -14,6 +14,7 @@ import bisect
 import errno
 import hashlib
 import io
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -28,6 +29,7 @@ from onnxopt.errors import UsageError
 from onnxopt.model import Model
 from onnxopt.report import Digest, Pair
 from onnxopt.weights import (
+    CHUNK,
     SOURCE,
     SPILL,
     TYPED_FIELDS,
@@ -105,9 +107,10 @@ _CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno
 """What the system says where it cannot copy between two files itself."""
 
 
-def stage(model: Model, target: Path) -> Staged:
+def stage(model: Model, target: Path, *, is_measured: bool = False) -> Staged:
     """Write `model` beside `target`, ready to be judged and committed.
 
+    `is_measured`: its digest is known, and none is made where no file is named by it.
     Raises UsageError where the folder cannot be written or the disk is full.
     """
     files.check_target(target)
@@ -122,7 +125,7 @@ def stage(model: Model, target: Path) -> Staged:
         moved = _moved_outside(shell, model)
         if moved:
             _write_data(staged, moved, model.weights)
-        _write_model(staged, shell, model.weights)
+        _write_model(staged, shell, model.weights, hashes=not is_measured)
         model.weights.check_unchanged()
     except OSError as error:
         staged.discard()
@@ -288,10 +291,12 @@ def _inline(tensor: TensorProto, weights: WeightStore) -> None:
     tensor.raw_data = payload
 
 
-def _write_model(staged: Staged, shell: ModelProto, weights: WeightStore) -> None:
+def _write_model(
+    staged: Staged, shell: ModelProto, weights: WeightStore, *, hashes: bool
+) -> None:
     data = shell.SerializeToString(deterministic=True)
     with _create(staged.path) as file:
-        sink = _Sink(file)
+        sink = _Sink(file, hashes=hashes)
         _write_filled(sink, data, weights)
         _sync(file)
     staged.digest = Digest(sink.digest.hexdigest(), staged.digest.data)
@@ -313,14 +318,38 @@ def _write_filled(sink: _Sink, data: bytes, weights: WeightStore) -> None:
                 sink.write(piece)
 
 
+def _copied(source: int, offset: int, file: BinaryIO, length: int) -> int:
+    """Let the system copy between two files; how many bytes it did, in whole CHUNKs.
+
+    `source`: an open file, of which `length` bytes from `offset` on go to the end of
+    `file`.
+    """
+    done, start = 0, os.lseek(file.fileno(), 0, os.SEEK_END)
+    try:
+        while done < length:
+            left = min(length - done, 1 << 30)
+            copied = os.copy_file_range(source, file.fileno(), left, offset + done)
+            if not copied:
+                break
+            done += copied
+    except OSError as error:
+        if error.errno not in _CANNOT_COPY:
+            raise
+    if done < length:
+        done -= done % CHUNK
+        os.ftruncate(file.fileno(), start + done)
+    return done
+
+
 class _Sink:
     """A file that is written from start to end, and hashed on the way.
 
-    Without a file it only measures.
+    Without a file it only measures; unless it `hashes` the digest is of nothing.
     """
 
-    def __init__(self, file: BinaryIO | None) -> None:
+    def __init__(self, file: BinaryIO | None, *, hashes: bool = True) -> None:
         self.file = file
+        self.hashes = hashes
         self.digest = hashlib.sha256()
         self.size = 0
 
@@ -339,34 +368,20 @@ class _Sink:
             return
         source, offset = spot
         self.file.flush()
-        for chunk in weights.chunks(tensor):
-            self._copy_range(self.file, source, offset, chunk)
-            self._count(chunk)
-            offset += len(chunk)
+        if self.hashes:
+            for chunk in weights.chunks(tensor):
+                self.digest.update(chunk)
+        length = tensor_bytes(tensor)
+        done = _copied(source, offset, self.file, length)
         self.file.seek(0, os.SEEK_END)
-
-    @staticmethod
-    def _copy_range(file: BinaryIO, source: int, offset: int, chunk: bytes) -> None:
-        """Append `chunk`, which lies at `offset` of the open file `source`."""
-        done = 0
-        try:
-            while done < len(chunk):
-                left = len(chunk) - done
-                at = offset + done
-                copied = os.copy_file_range(source, file.fileno(), left, at)
-                if not copied:
-                    break
-                done += copied
-        except OSError as error:
-            if error.errno not in _CANNOT_COPY:
-                raise
-        if done < len(chunk):
-            os.lseek(file.fileno(), 0, os.SEEK_END)
-            file.write(memoryview(chunk)[done:])
-            file.flush()
+        if done < length:
+            for chunk in itertools.islice(weights.chunks(tensor), done // CHUNK, None):
+                self.file.write(chunk)
+        self.size += length
 
     def _count(self, chunk: bytes | memoryview) -> None:
-        self.digest.update(chunk)
+        if self.hashes:
+            self.digest.update(chunk)
         self.size += len(chunk)
 
 
