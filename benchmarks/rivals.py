@@ -73,10 +73,12 @@ class Tool:
     arguments: tuple[str, ...] = ()
     leader: bool = False
     """One of those that CPU time and memory are compared with."""
+    interpreter: str = ""
+    """What runs it in place of its environment's."""
 
     def python(self) -> str:
         """The interpreter of its environment."""
-        return str(CACHE / self.environment / "bin" / "python")
+        return self.interpreter or str(CACHE / self.environment / "bin" / "python")
 
     def command(self, source: Path, target: Path) -> list[str]:
         """What simplifies `source` into `target`."""
