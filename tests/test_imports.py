@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def loaded(code: str, folder: Path) -> set[str]:
         subprocess.run(
             [sys.executable, "-c", shown],
             cwd=folder,
-            env={"PYTHONPATH": str(Path(__file__).parents[1])},
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
             check=True,
             capture_output=True,
             text=True,
