@@ -270,7 +270,15 @@ class _Region:
         return gone - len(self.foreign())
 
     def shrink(self) -> None:
-        """Leave out last nodes that do not help."""
+        """Leave out what does not help: the nodes from some point on, and last ones."""
+        whole = dict(self.nodes)
+        best, kept = 0, dict[int, _Member]()
+        while self.nodes:
+            gain = self.gain()
+            if gain >= best and gain > 0:
+                best, kept = gain, dict(self.nodes)
+            self.nodes.popitem()
+        self.nodes = kept or whole
         best = self.gain()
         for key, member in reversed(list(self.nodes.items())):
             if self._feeds_region(member.node):
