@@ -107,10 +107,10 @@ _CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno
 """What the system says where it cannot copy between two files itself."""
 
 
-def stage(model: Model, target: Path, *, is_measured: bool = False) -> Staged:
+def stage(model: Model, target: Path, known: Digest | None = None) -> Staged:
     """Write `model` beside `target`, ready to be judged and committed.
 
-    `is_measured`: its digest is known, and none is made where no file is named by it.
+    `known`: the digests of the same model, where they were measured before.
     Raises UsageError where the folder cannot be written or the disk is full.
     """
     files.check_target(target)
@@ -124,8 +124,8 @@ def stage(model: Model, target: Path, *, is_measured: bool = False) -> Staged:
         shell.CopyFrom(model.proto)
         moved = _moved_outside(shell, model)
         if moved:
-            _write_data(staged, moved, model.weights)
-        _write_model(staged, shell, model.weights, hashes=not is_measured)
+            _write_data(staged, moved, model.weights, known.data if known else None)
+        _write_model(staged, shell, model.weights, hashes=known is None)
         model.weights.check_unchanged()
     except OSError as error:
         staged.discard()
@@ -136,22 +136,21 @@ def stage(model: Model, target: Path, *, is_measured: bool = False) -> Staged:
     return staged
 
 
-def measure(model: Model, target: Path) -> Staged | None:
-    """What `stage` would write for `target`, measured and not written.
-
-    None where weights would go to a file of their own, whose name is its digest.
-    """
+def measure(model: Model, target: Path) -> Staged:
+    """What `stage` would write for `target`, measured and not written."""
     model.settle()
     shell = ModelProto()
     shell.CopyFrom(model.proto)
-    if _moved_outside(shell, model):
-        return None
     staged = Staged(target)
+    moved = _moved_outside(shell, model)
+    if moved:
+        sink = _Sink(None)
+        _name_data(staged, sink, moved, _lay_out(sink, moved, model.weights))
     sink = _Sink(None)
     data = shell.SerializeToString(deterministic=True)
     _write_filled(sink, data, model.weights)
-    staged.digest = Digest(sink.digest.hexdigest(), None)
-    staged.bytes = Pair(sink.size, 0)
+    staged.digest = Digest(sink.digest.hexdigest(), staged.digest.data)
+    staged.bytes = Pair(sink.size, staged.bytes.data)
     return staged
 
 
@@ -205,38 +204,62 @@ def _is_source(tensor: TensorProto) -> bool:
     return where is not None and where.location == SOURCE
 
 
-def _write_data(staged: Staged, moved: list[TensorProto], weights: WeightStore) -> None:
-    """Write the data file, and let the tensors name it."""
+def _write_data(
+    staged: Staged,
+    moved: list[TensorProto],
+    weights: WeightStore,
+    known: str | None = None,
+) -> None:
+    """Write the data file, and let the tensors name it; `known`: its digest."""
     temporary = files.beside(staged.target)
+    try:
+        with _create(temporary) as file:
+            sink = _Sink(file, hashes=known is None)
+            spots = _lay_out(sink, moved, weights)
+            _sync(file)
+            name = _name_data(staged, sink, moved, spots, known)
+            staged.claim(files.Claim(file, temporary, staged.target.with_name(name)))
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _lay_out(
+    sink: _Sink, moved: list[TensorProto], weights: WeightStore
+) -> list[tuple[int, int]]:
+    """Write payloads one after the other; offset and length of each."""
     regions = _Regions(moved)
     known: dict[Place, int] = {}
     spots: list[tuple[int, int]] = []
-    try:
-        with _create(temporary) as file:
-            sink = _Sink(file)
-            for tensor in moved:
-                where = place(tensor)
-                if where is None:
-                    spots.append(_append(sink, tensor, weights))
-                    continue
-                region = regions.around(where)
-                if region not in known:  # what overlaps stays one
-                    copied = _region_tensor(region)
-                    known[region], _ = _append(sink, copied, weights)
-                offset = known[region] + where.offset - region.offset
-                spots.append((offset, tensor_bytes(tensor)))
-            _sync(file)
-            name = f"{staged.target.stem}-{sink.digest.hexdigest()[:12]}.data"
-            place_at = staged.target.with_name(name)
-            staged.claim(files.Claim(file, temporary, place_at))
-    finally:
-        temporary.unlink(missing_ok=True)
+    for tensor in moved:
+        where = place(tensor)
+        if where is None:
+            spots.append(_append(sink, tensor, weights))
+            continue
+        region = regions.around(where)
+        if region not in known:  # what overlaps stays one
+            known[region], _ = _append(sink, _region_tensor(region), weights)
+        offset = known[region] + where.offset - region.offset
+        spots.append((offset, tensor_bytes(tensor)))
+    return spots
+
+
+def _name_data(
+    staged: Staged,
+    sink: _Sink,
+    moved: list[TensorProto],
+    spots: list[tuple[int, int]],
+    known: str | None = None,
+) -> str:
+    """Let the tensors name the data file, which is called by its digest."""
+    digest = known or sink.digest.hexdigest()
+    name = f"{staged.target.stem}-{digest[:12]}.data"
     for tensor, (offset, length) in zip(moved, spots, strict=True):
         for field in TYPED_FIELDS:
             tensor.ClearField(field)
         set_place(tensor, Place(name, offset, length))
-    staged.digest = Digest("", sink.digest.hexdigest())
+    staged.digest = Digest("", digest)
     staged.bytes = Pair(0, sink.size)
+    return name
 
 
 class _Regions:
