@@ -11,7 +11,6 @@ so do the large ones of any model that would pass protobuf's limit of 2 GiB.
 from __future__ import annotations
 
 import bisect
-import errno
 import hashlib
 import io
 import itertools
@@ -101,10 +100,6 @@ class Staged:
 
     def __exit__(self, *_: object) -> None:
         self.discard()
-
-
-_CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF}
-"""What the system says where it cannot copy between two files itself."""
 
 
 def stage(model: Model, target: Path, known: Digest | None = None) -> Staged:
@@ -355,9 +350,8 @@ def _copied(source: int, offset: int, file: BinaryIO, length: int) -> int:
             if not copied:
                 break
             done += copied
-    except OSError as error:
-        if error.errno not in _CANNOT_COPY:
-            raise
+    except (OSError, AttributeError):
+        pass  # it cannot here, or not at all; other errors come again where we write
     if done < length:
         done -= done % CHUNK
         os.ftruncate(file.fileno(), start + done)
