@@ -34,6 +34,7 @@ from onnxopt.weights import (
     TYPED_FIELDS,
     Place,
     WeightStore,
+    hash_range,
     place,
     set_place,
     tensor_bytes,
@@ -378,23 +379,23 @@ class _Sink:
 
     def copy(self, tensor: TensorProto, weights: WeightStore) -> None:
         """Append a payload; the system copies what lies in a file, as that is cheaper."""
-        spot = weights.spot(tensor) if tensor_bytes(tensor) >= wire.MIN_PAYLOAD else None
-        if spot is None or self.file is None:
+        length = tensor_bytes(tensor)
+        spot = weights.spot(tensor) if length >= wire.MIN_PAYLOAD else None
+        if spot is None:
             for chunk in weights.chunks(tensor):
                 self.write(chunk)
             return
-        source, offset = spot
-        self.file.flush()
         if self.hashes:
-            for chunk in weights.chunks(tensor):
-                self.digest.update(chunk)
-        length = tensor_bytes(tensor)
-        done = _copied(source, offset, self.file, length)
+            hash_range(*spot, length, self.digest)
+        self.size += length
+        if self.file is None:
+            return
+        self.file.flush()
+        done = _copied(*spot, self.file, length)
         self.file.seek(0, os.SEEK_END)
         if done < length:
             for chunk in itertools.islice(weights.chunks(tensor), done // CHUNK, None):
                 self.file.write(chunk)
-        self.size += length
 
     def _count(self, chunk: bytes | memoryview) -> None:
         if self.hashes:
