@@ -91,7 +91,8 @@ class Result:
         """
         assert self._model is not None
         target = Path(path)
-        with stage(self._model, target, is_measured=True) as staged:
+        known = self.report.output.sha256 if self.report.output is not None else None
+        with stage(self._model, target, known) as staged:
             staged.keep = self._model.weights.data_files()
             staged.commit()
 

@@ -12,7 +12,7 @@ from onnxopt.errors import UsageError
 from onnxopt.model import Model
 from onnxopt.report import Digest, Pair, Side
 from onnxopt.save import Staged
-from onnxopt.weights import CHUNK
+from onnxopt.weights import hash_range
 
 
 def of_file(model: Model, path: Path) -> Side:
@@ -48,9 +48,8 @@ def _sha256(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         try:
-            with open(path, "rb") as file:
-                while chunk := file.read(CHUNK):
-                    digest.update(chunk)
+            with open(path, "rb", buffering=0) as file:
+                hash_range(file.fileno(), 0, os.path.getsize(path), digest)
         except OSError as error:
             raise UsageError(f"cannot read {path}: {error.strerror}") from None
     return digest.hexdigest()

@@ -11,7 +11,6 @@ so do the large ones of any model that would pass protobuf's limit of 2 GiB.
 from __future__ import annotations
 
 import bisect
-import errno
 import hashlib
 import io
 import itertools
@@ -35,6 +34,7 @@ from onnxopt.weights import (
     TYPED_FIELDS,
     Place,
     WeightStore,
+    hash_range,
     place,
     set_place,
     tensor_bytes,
@@ -103,14 +103,10 @@ class Staged:
         self.discard()
 
 
-_CANNOT_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF}
-"""What the system says where it cannot copy between two files itself."""
-
-
-def stage(model: Model, target: Path, *, is_measured: bool = False) -> Staged:
+def stage(model: Model, target: Path, known: Digest | None = None) -> Staged:
     """Write `model` beside `target`, ready to be judged and committed.
 
-    `is_measured`: its digest is known, and none is made where no file is named by it.
+    `known`: the digests of the same model, where they were measured before.
     Raises UsageError where the folder cannot be written or the disk is full.
     """
     files.check_target(target)
@@ -124,8 +120,8 @@ def stage(model: Model, target: Path, *, is_measured: bool = False) -> Staged:
         shell.CopyFrom(model.proto)
         moved = _moved_outside(shell, model)
         if moved:
-            _write_data(staged, moved, model.weights)
-        _write_model(staged, shell, model.weights, hashes=not is_measured)
+            _write_data(staged, moved, model.weights, known.data if known else None)
+        _write_model(staged, shell, model.weights, hashes=known is None)
         model.weights.check_unchanged()
     except OSError as error:
         staged.discard()
@@ -136,22 +132,21 @@ def stage(model: Model, target: Path, *, is_measured: bool = False) -> Staged:
     return staged
 
 
-def measure(model: Model, target: Path) -> Staged | None:
-    """What `stage` would write for `target`, measured and not written.
-
-    None where weights would go to a file of their own, whose name is its digest.
-    """
+def measure(model: Model, target: Path) -> Staged:
+    """What `stage` would write for `target`, measured and not written."""
     model.settle()
     shell = ModelProto()
     shell.CopyFrom(model.proto)
-    if _moved_outside(shell, model):
-        return None
     staged = Staged(target)
+    moved = _moved_outside(shell, model)
+    if moved:
+        sink = _Sink(None)
+        _name_data(staged, sink, moved, _lay_out(sink, moved, model.weights))
     sink = _Sink(None)
     data = shell.SerializeToString(deterministic=True)
     _write_filled(sink, data, model.weights)
-    staged.digest = Digest(sink.digest.hexdigest(), None)
-    staged.bytes = Pair(sink.size, 0)
+    staged.digest = Digest(sink.digest.hexdigest(), staged.digest.data)
+    staged.bytes = Pair(sink.size, staged.bytes.data)
     return staged
 
 
@@ -205,38 +200,62 @@ def _is_source(tensor: TensorProto) -> bool:
     return where is not None and where.location == SOURCE
 
 
-def _write_data(staged: Staged, moved: list[TensorProto], weights: WeightStore) -> None:
-    """Write the data file, and let the tensors name it."""
+def _write_data(
+    staged: Staged,
+    moved: list[TensorProto],
+    weights: WeightStore,
+    known: str | None = None,
+) -> None:
+    """Write the data file, and let the tensors name it; `known`: its digest."""
     temporary = files.beside(staged.target)
+    try:
+        with _create(temporary) as file:
+            sink = _Sink(file, hashes=known is None)
+            spots = _lay_out(sink, moved, weights)
+            _sync(file)
+            name = _name_data(staged, sink, moved, spots, known)
+            staged.claim(files.Claim(file, temporary, staged.target.with_name(name)))
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _lay_out(
+    sink: _Sink, moved: list[TensorProto], weights: WeightStore
+) -> list[tuple[int, int]]:
+    """Write payloads one after the other; offset and length of each."""
     regions = _Regions(moved)
     known: dict[Place, int] = {}
     spots: list[tuple[int, int]] = []
-    try:
-        with _create(temporary) as file:
-            sink = _Sink(file)
-            for tensor in moved:
-                where = place(tensor)
-                if where is None:
-                    spots.append(_append(sink, tensor, weights))
-                    continue
-                region = regions.around(where)
-                if region not in known:  # what overlaps stays one
-                    copied = _region_tensor(region)
-                    known[region], _ = _append(sink, copied, weights)
-                offset = known[region] + where.offset - region.offset
-                spots.append((offset, tensor_bytes(tensor)))
-            _sync(file)
-            name = f"{staged.target.stem}-{sink.digest.hexdigest()[:12]}.data"
-            place_at = staged.target.with_name(name)
-            staged.claim(files.Claim(file, temporary, place_at))
-    finally:
-        temporary.unlink(missing_ok=True)
+    for tensor in moved:
+        where = place(tensor)
+        if where is None:
+            spots.append(_append(sink, tensor, weights))
+            continue
+        region = regions.around(where)
+        if region not in known:  # what overlaps stays one
+            known[region], _ = _append(sink, _region_tensor(region), weights)
+        offset = known[region] + where.offset - region.offset
+        spots.append((offset, tensor_bytes(tensor)))
+    return spots
+
+
+def _name_data(
+    staged: Staged,
+    sink: _Sink,
+    moved: list[TensorProto],
+    spots: list[tuple[int, int]],
+    known: str | None = None,
+) -> str:
+    """Let the tensors name the data file, which is called by its digest."""
+    digest = known or sink.digest.hexdigest()
+    name = f"{staged.target.stem}-{digest[:12]}.data"
     for tensor, (offset, length) in zip(moved, spots, strict=True):
         for field in TYPED_FIELDS:
             tensor.ClearField(field)
         set_place(tensor, Place(name, offset, length))
-    staged.digest = Digest("", sink.digest.hexdigest())
+    staged.digest = Digest("", digest)
     staged.bytes = Pair(0, sink.size)
+    return name
 
 
 class _Regions:
@@ -332,9 +351,8 @@ def _copied(source: int, offset: int, file: BinaryIO, length: int) -> int:
             if not copied:
                 break
             done += copied
-    except OSError as error:
-        if error.errno not in _CANNOT_COPY:
-            raise
+    except (OSError, AttributeError):
+        pass  # it cannot here, or not at all; other errors come again where we write
     if done < length:
         done -= done % CHUNK
         os.ftruncate(file.fileno(), start + done)
@@ -361,23 +379,23 @@ class _Sink:
 
     def copy(self, tensor: TensorProto, weights: WeightStore) -> None:
         """Append a payload; the system copies what lies in a file, as that is cheaper."""
-        spot = weights.spot(tensor) if tensor_bytes(tensor) >= wire.MIN_PAYLOAD else None
-        if spot is None or self.file is None:
+        length = tensor_bytes(tensor)
+        spot = weights.spot(tensor) if length >= wire.MIN_PAYLOAD else None
+        if spot is None:
             for chunk in weights.chunks(tensor):
                 self.write(chunk)
             return
-        source, offset = spot
-        self.file.flush()
         if self.hashes:
-            for chunk in weights.chunks(tensor):
-                self.digest.update(chunk)
-        length = tensor_bytes(tensor)
-        done = _copied(source, offset, self.file, length)
+            hash_range(*spot, length, self.digest)
+        self.size += length
+        if self.file is None:
+            return
+        self.file.flush()
+        done = _copied(*spot, self.file, length)
         self.file.seek(0, os.SEEK_END)
         if done < length:
             for chunk in itertools.islice(weights.chunks(tensor), done // CHUNK, None):
                 self.file.write(chunk)
-        self.size += length
 
     def _count(self, chunk: bytes | memoryview) -> None:
         if self.hashes:

@@ -39,6 +39,7 @@ Array = npt.NDArray[Any]
 Buffer = bytes | memoryview
 
 CHUNK = 4 << 20
+_HASHED_AT_ONCE = 256 << 10
 SPILL_FROM = 1 << 20
 """Weights that a pass wrote leave memory from this size on (bytes)."""
 
@@ -163,6 +164,22 @@ def set_place(tensor: TensorProto, where: Place) -> None:
             tensor.external_data.add(key=key, value=str(value))
 
 
+def hash_range(file: int, offset: int, length: int, digest: Any) -> None:
+    """Feed `length` bytes of an open file to a digest, through one small buffer.
+
+    A buffer that stays in the processor's cache, and is not allocated anew for each
+    piece, takes half the time that pieces of megabytes take.
+    """
+    buffer = memoryview(bytearray(min(_HASHED_AT_ONCE, max(length, 1))))
+    end = offset + length
+    while offset < end:
+        count = os.preadv(file, [buffer[: min(len(buffer), end - offset)]], offset)
+        if not count:
+            break
+        digest.update(buffer[:count])
+        offset += count
+
+
 class _Source:
     """An open file that payloads are read from, with what it looked like when opened."""
 
@@ -250,7 +267,9 @@ class WeightStore:
         where = place(tensor)
         if where is None:
             return None
-        return self._open(tensor, where).file.fileno(), where.offset
+        file = self._open(tensor, where).file
+        file.flush()  # what was spilled may still be in memory
+        return file.fileno(), where.offset
 
     def head(self, tensor: TensorProto, size: int) -> bytes:
         """The first `size` bytes of the raw payload, or all where there are fewer."""

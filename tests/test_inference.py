@@ -195,3 +195,11 @@ def test_a_size_that_inference_lost_leaves_it_open() -> None:
     graph = read_batch("c = Cast <to = 10> (s)", "-1").main
     assert len(graph.shape("y") or ()) == 2
     assert not isinstance((graph.shape("y") or (0, 0))[1], int)
+
+
+@pytest.mark.parametrize("shape", ["0,1", "1,0,2", "0"])
+def test_an_integer_constant_without_elements_has_its_dims(shape: str) -> None:
+    text = f"""<ir_version: 8, opset_import: ["" : 17]>
+    main (int64[2,1,1] x) => (int64[?] y) <int64[{shape}] w = {{}}> {{ y = Abs (w) }}"""
+    dims = tuple(int(dim) for dim in shape.split(","))
+    assert Model.open(onnx.parser.parse_model(text)).main.shape("y") == dims

@@ -70,9 +70,7 @@ def of_value(dtype: int, value: Value) -> Fact:
 
 def objects(array: Array) -> Value:
     """The elements as Python integers."""
-    made = np.empty(array.shape, dtype=object)
-    made[...] = [] if not array.size else array.astype(object)
-    return made
+    return array.astype(object)
 
 
 def vector(sizes: Dims) -> Value:

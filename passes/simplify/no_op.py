@@ -4,16 +4,13 @@
     y = Mul(t, 1.0)             ->    (readers of y read x)
 
 1. Cast to the type that the value has; Transpose that permutes nothing; Pad by zero;
-   Concat of one; Slice of everything; Reshape, Expand, Squeeze, Unsqueeze, Flatten and
-   Tile whose result has the shape of the input (symbols that are sure included).
-2. x + 0, x - 0, x * 1, x / 1, x ** 1 (floats), x and true, x or false, with a constant
-   that does not broadcast x.
-3. Where of one value in both cases, which the condition does not broadcast.
    Concat, Sum, Mean, Max and Min of one; Split into one; Slice of everything; Reshape,
    Expand, Squeeze, Unsqueeze, Flatten and Tile whose result has the shape of the input
    (symbols that are sure included); Reduce over axes of size 1; AveragePool of single
    elements; Resize by 1.
-2. x + 0, x - 0, x * 1, x / 1 with a constant that does not broadcast x.
+2. x + 0, x - 0, x * 1, x / 1, x ** 1 (floats), x and true, x or false, with a constant
+   that does not broadcast x.
+3. Where of one value in both cases, which the condition does not broadcast.
 
 x + 0 turns -0.0 into 0.0, and removing it keeps -0.0: equal by ==.
 """

@@ -270,7 +270,15 @@ class _Region:
         return gone - len(self.foreign())
 
     def shrink(self) -> None:
-        """Leave out last nodes that do not help."""
+        """Leave out what does not help: the nodes from some point on, and last ones."""
+        whole = dict(self.nodes)
+        best, kept = 0, dict[int, _Member]()
+        while self.nodes:
+            gain = self.gain()
+            if gain >= best and gain > 0:
+                best, kept = gain, dict(self.nodes)
+            self.nodes.popitem()
+        self.nodes = kept or whole
         best = self.gain()
         for key, member in reversed(list(self.nodes.items())):
             if self._feeds_region(member.node):
@@ -331,8 +339,15 @@ def _carry_out(graph: GraphView, region: _Region, edit: Edit) -> None:
 def _join(
     graph: GraphView, edit: Edit, name: str, turned: list[tuple[NodeProto, Perm]]
 ) -> None:
-    """Let Transposes behind the region read the value as it comes out; outputs last."""
-    for node, perm in sorted(turned, key=lambda pair: graph.is_output(pair[0].output[0])):
+    """Let Transposes behind the region read the value as it comes out.
+
+    Last the one whose output is the scope's: the value takes that name over.
+    """
+
+    def takes_name(pair: tuple[NodeProto, Perm]) -> bool:
+        return axes.is_identity(pair[1]) and graph.is_output(pair[0].output[0])
+
+    for node, perm in sorted(turned, key=takes_name):
         if axes.is_identity(perm):
             edit.bypass(node, {node.output[0]: name})
         else:
