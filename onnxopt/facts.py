@@ -12,7 +12,7 @@ from onnxopt.errors import UsageError
 from onnxopt.model import Model
 from onnxopt.report import Digest, Pair, Side
 from onnxopt.save import Staged
-from onnxopt.weights import hash_range
+from onnxopt.weights import pieces
 
 
 def of_file(model: Model, path: Path) -> Side:
@@ -49,7 +49,8 @@ def _sha256(paths: Iterable[Path]) -> str:
     for path in paths:
         try:
             with open(path, "rb", buffering=0) as file:
-                hash_range(file.fileno(), 0, os.path.getsize(path), digest)
+                for piece in pieces(file.fileno(), 0, os.path.getsize(path)):
+                    digest.update(piece)
         except OSError as error:
             raise UsageError(f"cannot read {path}: {error.strerror}") from None
     return digest.hexdigest()

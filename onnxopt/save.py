@@ -13,7 +13,6 @@ from __future__ import annotations
 import bisect
 import hashlib
 import io
-import itertools
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -28,13 +27,12 @@ from onnxopt.errors import UsageError
 from onnxopt.model import Model
 from onnxopt.report import Digest, Pair
 from onnxopt.weights import (
-    CHUNK,
     SOURCE,
     SPILL,
     TYPED_FIELDS,
     Place,
     WeightStore,
-    hash_range,
+    pieces,
     place,
     set_place,
     tensor_bytes,
@@ -337,26 +335,9 @@ def _write_filled(sink: _Sink, data: bytes, weights: WeightStore) -> None:
                 sink.write(piece)
 
 
-def _copied(source: int, offset: int, file: BinaryIO, length: int) -> int:
-    """Let the system copy between two files; how many bytes it did, in whole CHUNKs.
-
-    `source`: an open file, of which `length` bytes from `offset` on go to the end of
-    `file`.
-    """
-    done, start = 0, os.lseek(file.fileno(), 0, os.SEEK_END)
-    try:
-        while done < length:
-            left = min(length - done, 1 << 30)
-            copied = os.copy_file_range(source, file.fileno(), left, offset + done)
-            if not copied:
-                break
-            done += copied
-    except (OSError, AttributeError):
-        pass  # it cannot here, or not at all; other errors come again where we write
-    if done < length:
-        done -= done % CHUNK
-        os.ftruncate(file.fileno(), start + done)
-    return done
+def _write_all(file: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(file, data) :]
 
 
 class _Sink:
@@ -378,24 +359,21 @@ class _Sink:
         self._count(chunk)
 
     def copy(self, tensor: TensorProto, weights: WeightStore) -> None:
-        """Append a payload; the system copies what lies in a file, as that is cheaper."""
+        """Append a payload, through one small buffer where it lies in a file."""
         length = tensor_bytes(tensor)
         spot = weights.spot(tensor) if length >= wire.MIN_PAYLOAD else None
         if spot is None:
             for chunk in weights.chunks(tensor):
                 self.write(chunk)
             return
-        if self.hashes:
-            hash_range(*spot, length, self.digest)
-        self.size += length
-        if self.file is None:
-            return
-        self.file.flush()
-        done = _copied(*spot, self.file, length)
-        self.file.seek(0, os.SEEK_END)
-        if done < length:
-            for chunk in itertools.islice(weights.chunks(tensor), done // CHUNK, None):
-                self.file.write(chunk)
+        if self.file is not None:
+            self.file.flush()
+        for piece in pieces(*spot, length):
+            self._count(piece)
+            if self.file is not None:
+                _write_all(self.file.fileno(), piece)
+        if self.file is not None:
+            self.file.seek(0, os.SEEK_END)
 
     def _count(self, chunk: bytes | memoryview) -> None:
         if self.hashes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import os
@@ -730,62 +729,6 @@ def test_a_read_only_folder_is_told(tmp_path: Path) -> None:
 
     assert in_child(work) == 0
     assert names(tmp_path) == []
-
-
-# ---- copying by the system ----
-
-
-def fails(number: int) -> Callable[..., int]:
-    def copy_file_range(*arguments: object) -> int:
-        raise OSError(number, os.strerror(number))
-
-    return copy_file_range
-
-
-def copies_little(size: int, times: int) -> Callable[..., int]:
-    """Copy at most `size` bytes at once, so many times, and nothing from then on."""
-    real, left = os.copy_file_range, times
-
-    def copy_file_range(source: int, target: int, count: int, offset: int) -> int:
-        nonlocal left
-        left -= 1
-        return 0 if left < 0 else real(source, target, min(count, size), offset)
-
-    return copy_file_range
-
-
-@pytest.mark.parametrize(
-    "patch",
-    [
-        fails(errno.EXDEV),
-        fails(errno.EPERM),
-        copies_little(1 << 20, 1000),
-        copies_little((4 << 20) + 100, 2),
-        None,
-    ],
-    ids=["elsewhere", "forbidden", "short", "partly", "absent"],
-)
-@pytest.mark.parametrize("external", [False, True])
-def test_what_the_system_does_not_copy_is_written(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    patch: Callable[..., int] | None,
-    external: bool,
-) -> None:
-    proto = make_model(3, size=1 << 20)
-    source = (write_external if external else write)(tmp_path / "m.onnx", proto)
-    if patch is None:
-        monkeypatch.delattr(os, "copy_file_range")
-    else:
-        monkeypatch.setattr(os, "copy_file_range", patch)
-    with stage(Model.open(source), tmp_path / "out.onnx") as staged:
-        path = staged.data_path or staged.path
-        assert hashlib.sha256(path.read_bytes()).hexdigest() in (
-            staged.digest.model,
-            staged.digest.data,
-        )
-        staged.commit()
-    assert loaded(tmp_path / "out.onnx") == proto
 
 
 # ---- at any moment ----
