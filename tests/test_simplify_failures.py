@@ -827,6 +827,24 @@ def test_quantized_weights_stay_narrow(name: str, size: int, tmp_path: Path) -> 
     assert after <= 1.02 * before
 
 
+def test_narrow_weights_beside_a_large_one_stay_narrow() -> None:
+    """The budget of the fold that they are part of would allow for it."""
+    source = with_weights(
+        model_of("""
+        agraph (float[N,1,2000] x) => (float[N,?,2000] y, float[N,?,2000] z) {
+            c = Cast <to = 1> (w)
+            m = Mul (c, large)
+            y = Mul (x, c)
+            z = Mul (x, m)
+        }"""),
+        w=RNG.integers(-127, 128, 2000).astype(np.int8),
+        large=normal(50, 2000),
+    )
+    made = simplified(source)
+    assert "Cast" in ops(made)
+    assert TensorProto.INT8 in {t.data_type for t in made.graph.initializer}
+
+
 def test_no_operator_of_another_domain_is_emitted() -> None:
     """int8 DQ-MatMul, attention, Gelu...: standard ones only."""
     for body, _, opsets in YOUNG.values():
