@@ -195,3 +195,14 @@ def test_a_size_that_inference_lost_leaves_it_open() -> None:
     graph = read_batch("c = Cast <to = 10> (s)", "-1").main
     assert len(graph.shape("y") or ()) == 2
     assert not isinstance((graph.shape("y") or (0, 0))[1], int)
+
+
+def test_type_that_the_operator_lacks() -> None:
+    """Conv takes bfloat16 from opset 22 on: nothing is known, and nothing fails."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        main (bfloat16[1,1,4] x) => (bfloat16[1,1,4] y) <bfloat16[1,1,1] w = {1}> {
+            y = Conv (x, w)
+        }"""
+    )
+    assert Model.open(model).main.shape("y") is None
