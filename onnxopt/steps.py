@@ -1,7 +1,8 @@
 """Where a last digit decides: values that are rounded, compared or turned to integers.
 
-floor(x / 7) is 1 for x = 7, and floor(x * (1 / 7)) is 0: a rewrite that rounds otherwise
-is not equivalent there. A layer or a reduction in between has no exact values to keep.
+floor(x / 41) is 1 for x = 41, and floor(x * (1 / 41)) is 0: a rewrite that rounds
+otherwise is not equivalent there. A layer or a sum in between has no exact values to
+keep. What a custom operator, a local function or a Loop does is not looked into.
 """
 
 from __future__ import annotations
@@ -32,30 +33,60 @@ _PASSING = frozenset(
     {
         "Abs",
         "Add",
+        "Cast",
+        "CastLike",
         "Clip",
+        "Compress",
         "Concat",
+        "ConcatFromSequence",
+        "DepthToSpace",
         "Div",
+        "Elu",
         "Exp",
         "Expand",
         "Flatten",
         "Gather",
+        "GatherElements",
+        "GatherND",
+        "GlobalMaxPool",
+        "HardSwish",
         "Identity",
+        "LeakyRelu",
         "Log",
         "Max",
+        "MaxPool",
+        "Mean",
         "Min",
         "Mul",
         "Neg",
+        "PRelu",
+        "Pad",
         "Pow",
         "Reciprocal",
+        "ReduceMax",
+        "ReduceMin",
         "Relu",
         "Reshape",
+        "Resize",
+        "ReverseSequence",
+        "ScatterElements",
+        "ScatterND",
+        "SequenceAt",
+        "SequenceConstruct",
         "Slice",
+        "SpaceToDepth",
         "Split",
+        "SplitToSequence",
         "Sqrt",
         "Squeeze",
         "Sub",
+        "Sum",
+        "Tile",
+        "TopK",
         "Transpose",
+        "Trilu",
         "Unsqueeze",
+        "Upsample",
         "Where",
     }
 )
@@ -98,8 +129,8 @@ def _is_step(graph: GraphView, node: NodeProto) -> bool:
     op = graph.op(node)
     if op == "Cast":
         return attributes.get(node, "to") not in _FLOATS
-    return op in _STEPS
+    return op in _STEPS or "::" in op or bool(graph.children_of(node))
 
 
 def _passes(graph: GraphView, node: NodeProto) -> bool:
-    return graph.op(node) in _PASSING or graph.op(node) == "Cast"
+    return graph.op(node) in _PASSING

@@ -203,3 +203,14 @@ def test_an_integer_constant_without_elements_has_its_dims(shape: str) -> None:
     main (int64[2,1,1] x) => (int64[?] y) <int64[{shape}] w = {{}}> {{ y = Abs (w) }}"""
     dims = tuple(int(dim) for dim in shape.split(","))
     assert Model.open(onnx.parser.parse_model(text)).main.shape("y") == dims
+
+
+def test_type_that_the_operator_lacks() -> None:
+    """Conv takes bfloat16 from opset 22 on: nothing is known, and nothing fails."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        main (bfloat16[1,1,4] x) => (bfloat16[1,1,4] y) <bfloat16[1,1,1] w = {1}> {
+            y = Conv (x, w)
+        }"""
+    )
+    assert Model.open(model).main.shape("y") is None

@@ -10,6 +10,7 @@ import functools
 from typing import TYPE_CHECKING
 
 import onnx
+import onnx.checker
 from onnx import TensorProto, TypeProto, helper, shape_inference
 
 from onnxopt import attributes, doubt
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
     from onnxopt.symbolic.infer import Site
 
 _KNOWN_DOMAINS = {"", "ai.onnx", "ai.onnx.ml"}
+_REFUSALS = (
+    shape_inference.InferenceError,
+    onnx.checker.ValidationError,  # a type that this version of the operator lacks
+    ValueError,
+    RuntimeError,
+)
 
 
 def outputs(site: Site) -> list[Fact]:
@@ -44,7 +51,7 @@ def outputs(site: Site) -> list[Fact]:
         found = shape_inference.infer_node_outputs(
             schema, node, types, constants, opset_imports=imported
         )
-    except (shape_inference.InferenceError, ValueError, RuntimeError):
+    except _REFUSALS:
         return []
     return [
         _fact(site, slot, found[name], sizes) if name in found else UNKNOWN

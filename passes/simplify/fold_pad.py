@@ -13,6 +13,8 @@
 
 By the standard, a MaxPool pads with -inf. In ONNX Runtime's CPU provider it is the lowest
 finite number, which shows where all that a window sees of its input is -inf or NaN.
+Of an input that is empty, or padded still smaller than the kernel, a pool has no window
+by the standard; what ONNX Runtime makes of it may differ.
 """
 
 from __future__ import annotations
@@ -140,6 +142,8 @@ def _obstacle(
             return _average_obstacle(graph, layer, own)
         case "MaxPool" if any(layer.output[1:]):
             return "the layer tells indices into what is padded"
+        case "MaxPool" if _has_holes(layer):
+            return "through its holes a window may see padding only"
     return None
 
 
@@ -148,9 +152,13 @@ def _average_obstacle(graph: GraphView, layer: NodeProto, own: list[int]) -> str
         return "the layer cannot count what it pads"
     if any(own) and not attributes.get(layer, "count_include_pad", 0):
         return "the layer does not count what it pads"
-    if any(hole != 1 for hole in attributes.get(layer, "dilations", ())):
+    if _has_holes(layer):
         return "the kernel of the layer has holes"
     return None
+
+
+def _has_holes(layer: NodeProto) -> bool:
+    return any(hole != 1 for hole in attributes.get(layer, "dilations", ()))
 
 
 def _kernel(graph: GraphView, layer: NodeProto) -> list[int] | None:

@@ -46,8 +46,8 @@ class MergeElementwise(Pass):
 
     def run(self, graph: GraphView, context: Context) -> None:
         """Look at the last node of each pair."""
-        if graph.opset() < 7:
-            return  # operators broadcast by attribute
+        if graph.opset() < 8:
+            return  # Min and Max broadcast no scalar
         for node in graph.visit(self, (*_CLAMPS, *_INVERSE_OF_ITSELF, *_IDEMPOTENT)):
             if node.op_type in _CLAMPS:
                 _merge_clamps(graph, node)

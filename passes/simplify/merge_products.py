@@ -16,18 +16,19 @@ way.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import numpy as np
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
 from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
 from onnxopt.manager import Context, Pass
 from onnxopt.report import Guarantee
 
-_FLOATS = ("float32", "float16", "float64")
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
 
 
 class _Product(NamedTuple):
@@ -59,7 +60,9 @@ class MergeProducts(Pass):
         seen: set[int] = set()
         for node in graph.visit(self, ("MatMul",)):
             weight = graph.weight(node.input[1])
-            if weight is None or len(weight.dims) != 2 or id(node) in seen:
+            if weight is None or weight.data_type not in _FLOATS:
+                continue
+            if len(weight.dims) != 2 or id(node) in seen:
                 continue
             seen.add(id(node))
             key = (node.input[0], weight.dims[0], weight.data_type)
@@ -77,11 +80,11 @@ def _merge(graph: GraphView, nodes: list[NodeProto]) -> None:
     has_bias = bool(products) and products[0].add is not None
     if len(products) < (2 if has_bias else 3):
         return  # no fewer nodes
-    first = min(nodes, key=lambda node: graph.nodes().index(node))
+    first = functools.reduce(
+        lambda one, other: one if graph.precedes(one, other) else other, nodes
+    )
     arrays = [graph.array(node.input[1]) for node in nodes]
     weights = [array for array in arrays if array is not None]
-    if len(weights) < len(nodes) or str(weights[0].dtype) not in _FLOATS:
-        return
     edit = Edit(graph, first, max_growth=256)
     hint = f"{first.input[1]}_merged"
     whole = edit.add_weight(np.concatenate(weights, axis=1), hint)
