@@ -206,11 +206,11 @@ def test_an_integer_constant_without_elements_has_its_dims(shape: str) -> None:
 
 
 def test_type_that_the_operator_lacks() -> None:
-    """Conv takes bfloat16 from opset 22 on: nothing is known, and nothing fails."""
+    """It takes bfloat16 from opset 22 on: nothing is known, and nothing fails."""
     model = onnx.parser.parse_model(
         """<ir_version: 8, opset_import: ["" : 17]>
         main (bfloat16[1,1,4] x) => (bfloat16[1,1,4] y) <bfloat16[1,1,1] w = {1}> {
-            y = Conv (x, w)
+            y = ConvTranspose (x, w)
         }"""
     )
     assert Model.open(model).main.shape("y") is None
