@@ -12,6 +12,7 @@ import onnx.parser
 import onnxruntime as ort
 import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 import onnxopt
 from onnxopt.model import Model
@@ -214,3 +215,104 @@ def test_type_that_the_operator_lacks() -> None:
         }"""
     )
     assert Model.open(model).main.shape("y") is None
+
+
+Sizes = dict[str, list[int]]
+CORNERS: list[tuple[str, int, str, Sizes]] = [
+    ("a pool without room", 17, "y = MaxPool<kernel_shape=[3], strides=[2]>(x)",
+     {"x": [1, 1, 2]}),
+    ("a slope of more dims", 17, "y = PRelu(x, z)", {"x": [3], "z": [2, 3]}),
+    ("a slope of larger ones", 17, "y = PRelu(x, z)", {"x": [1, 1], "z": [1, 3]}),
+    ("a part without rows", 17, "y = Concat<axis=0>(x, z)", {"x": [0, 2], "z": [3, 4]}),
+    ("none has rows", 17, "y = Concat<axis=0>(x, z)", {"x": [0, 5], "z": [0, 3]}),
+    ("a letter of 1 and 4", 17, """y = Einsum<equation="bij,bjk->bik">(x, z)""",
+     {"x": [1, 2, 3], "z": [4, 3, 5]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fixed", ["", "x", "z", "xz"])
+@pytest.mark.parametrize("case", CORNERS, ids=lambda case: case[0])
+def test_dims_hold_where_onnx_runtime_is_generous(
+    case: tuple[str, int, str, Sizes], fixed: str
+) -> None:
+    _, opset, line, sizes = case
+    symbols = {
+        f"{n}{i}": size for n, dims in sizes.items() for i, size in enumerate(dims)
+    }
+    names = {
+        name: [f"{name}{i}" for i in range(len(dims))] for name, dims in sizes.items()
+    }
+    told = {name: sizes[name] if name in fixed else names[name] for name in sizes}
+    inputs = ", ".join(f"float[{','.join(map(str, told[n]))}] {n}" for n in sizes)
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["" : {opset}]>
+        g ({inputs}) => (float y) {{ {line} }}"""
+    )
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    feed = {name: np.zeros(dims, np.float32) for name, dims in sizes.items()}
+    try:
+        (made,) = outputs(model, feed)
+    except Fail:
+        pytest.skip("ONNX Runtime has seen it coming")
+    shape = Model.open(model).main.shape("y")
+    assert shape is None or len(shape) == made.ndim
+    for dim, size in zip(shape or (), made.shape, strict=shape is not None):
+        assert symbols.get(str(dim), dim if isinstance(dim, int) else size) == size
+
+
+def test_a_size_of_a_pool_may_be_nothing() -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[1,1,n] x) => (bool[1] e)
+        <int64[1] two = {2}, int64[1] three = {3}, int64[1] none = {0}> {
+            p = MaxPool<kernel_shape=[3], strides=[2]>(x)
+            s = Shape(p)
+            d = Slice(s, two, three)
+            e = Equal(d, none)
+        }"""
+    )
+    feed = {"x": np.zeros((1, 1, 1), np.float32)}
+    assert outputs(onnxopt.optimize(model, validate=False).model, feed) == [True]
+
+
+LOOP = """<ir_version: 8, opset_import: ["" : 17]>
+    g (int64 trips, float[n,6] x) => (float y, int64 k)
+    <int64[1] cut = {-1}, int64[1] one = {1}, int64[1] two = {2}> {
+        y, k = Loop(trips, "")
+        <body = b (int64[1] i, bool go) => (bool on, float q, int64 j) {
+            on = Identity(go)
+            s = Shape(x)
+            d = Slice(s, one, two)
+            t = Concat<axis=0>(d, cut)
+            q = Reshape(x, t)
+            j = Identity(i)
+        }>
+    }"""
+
+
+@pytest.mark.parametrize("trips", [0, 2])
+def test_a_loop_counts_as_it_declares_and_stacks_what_it_knows(trips: int) -> None:
+    model = onnx.parser.parse_model(LOOP)
+    for value in (*model.graph.output, *model.graph.node[0].attribute[0].g.output[1:]):
+        value.type.tensor_type.ClearField("shape")
+    feed = {"trips": np.array(trips), "x": np.zeros((2, 6), np.float32)}
+    graph = Model.open(model).main
+    for name, made in zip("yk", outputs(model, feed), strict=True):
+        shape = graph.shape(name)
+        assert shape is None or len(shape) == made.ndim
+        for dim, size in zip(shape or (), made.shape, strict=shape is not None):
+            assert not isinstance(dim, int) or dim == size
+
+
+def test_integers_that_wrap_are_not_followed() -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[4] x) => (int32[1] y)
+        <int32[1] many = {1000000000}> {
+            s = Shape(x)
+            t = Cast<to = 6>(s)
+            y = Mul(t, many)
+        }"""
+    )
+    fact = Model.open(model).main.fact("y")
+    assert fact.value is None or list(fact.value) == [None]

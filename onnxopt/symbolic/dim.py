@@ -146,6 +146,24 @@ def floor_quotient(left: Dim, right: Dim) -> Dim:
     return function("floor_quotient", left, right)
 
 
+def windows(room: Dim, stride: int) -> Dim:
+    """How many windows fit, `stride` apart, where the first leaves `room` behind it.
+
+    ONNX Runtime divides towards zero: a pool whose window is larger than what it slides
+    over may find room for one. What a run makes is never below 0, so neither is the atom.
+    """
+    if isinstance(room, int):
+        return windows_of(room, stride)
+    exact = exact_quotient(room, stride)
+    return function("windows", room, stride) if exact is None else add(exact, 1)
+
+
+def windows_of(room: int, stride: int) -> int:
+    """`windows` of numbers."""
+    whole = abs(room) // stride
+    return (whole if room >= 0 else -whole) + 1
+
+
 def text(size: Dim) -> str:
     """The canonical text."""
     return str(size) if isinstance(size, int) else size.text
@@ -179,6 +197,8 @@ def _atom_at_one(item: Atom) -> int:
             return max(given)
         case "floor_quotient", (left, right):
             return left // right if right else 1
+        case "windows", (room, stride):
+            return windows_of(room, stride)
         case "length", (low, high):
             return max(high - low, 0)
         case "max", _:

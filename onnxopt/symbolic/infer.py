@@ -140,7 +140,7 @@ class Inference:
         owner, parent = view.owner, view.parent
         inputs = [self.fact(parent, given) if given else UNKNOWN for given in owner.input]
         site = _Site(self, parent, owner, inputs)
-        return control.body_input(site, names.index(name), len(names))
+        return control.body_input(site, names.index(name), view.proto.input)
 
     def _input(self, value: ValueInfoProto) -> Fact:
         if not value.type.HasField("tensor_type"):

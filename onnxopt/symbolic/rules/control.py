@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from onnx import TensorProto
+from onnx import TensorProto, ValueInfoProto
 
 from onnxopt import attributes
 from onnxopt.symbolic.dim import Dim
-from onnxopt.symbolic.fact import UNKNOWN, Call, Dims, Fact
+from onnxopt.symbolic.fact import UNKNOWN, Call, Dims, Fact, integers
 
 
 def outputs(call: Call, results: Sequence[Sequence[Fact]]) -> list[Fact]:
@@ -28,16 +28,20 @@ def outputs(call: Call, results: Sequence[Sequence[Fact]]) -> list[Fact]:
     return []
 
 
-def body_input(call: Call, index: int, count: int) -> Fact:
-    """Of input `index` of a body that has `count` of them."""
+def body_input(call: Call, index: int, formals: Sequence[ValueInfoProto]) -> Fact:
+    """Of input `index` of a body whose inputs are `formals`."""
     match call.node.op_type:
+        case "Loop" if index == 0:
+            # ONNX Runtime counts in a tensor of the rank that the body declares: 0 or 1
+            is_scalar = not formals[0].type.tensor_type.shape.dim
+            return Fact(TensorProto.INT64, () if is_scalar else (1,))
+        case "Loop" if index == 1:
+            return Fact(TensorProto.BOOL)  # that of a later round is as the body made it
         case "Loop":
-            if index < 2:
-                return Fact((TensorProto.INT64, TensorProto.BOOL)[index], ())
             return _type_only(call, index)
         case "Scan" if call.opset >= 9:
             scanned = int(attributes.get(call.node, "num_scan_inputs", 0))
-            states = count - scanned
+            states = len(formals) - scanned
             if index < states:
                 return _type_only(call, index)
             return _element(call, index, index - states)
@@ -86,8 +90,35 @@ def _loop(call: Call, results: Sequence[Fact]) -> list[Fact]:
             dims = _common(call, index, start.dims, result.dims)
             facts.append(Fact(start.dtype or result.dtype, dims))
         else:
-            facts.append(_stacked(call, index, result, 0))
+            facts.append(_stacked(call, index, _sure_of_loop(call, index, result), 0))
     return facts
+
+
+def _sure_of_loop(call: Call, index: int, result: Fact) -> Fact:
+    """What is sure of a result that is stacked: all of it where there is a round.
+
+    Without one ONNX Runtime makes an empty tensor, of the rank and the numbers that it
+    knew beforehand (else 0): those that the body declares.
+    """
+    if result.dims is None or _has_round(call):
+        return result
+    ((_, body),) = attributes.subgraphs(call.node)
+    declared = body.output[index + 1].type.tensor_type
+    if not declared.HasField("shape") or len(declared.shape.dim) != len(result.dims):
+        return Fact(result.dtype)
+    pairs = zip(result.dims, declared.shape.dim, strict=True)
+    return Fact(
+        result.dtype,
+        tuple(size if size == told.dim_value else -1 for size, told in pairs),
+    )
+
+
+def _has_round(call: Call) -> bool:
+    """Whether a Loop is sure to run its body."""
+    trips, start = call.inputs[0].value, call.inputs[1].value
+    limit = integers(trips) if call.has(0) else [1]
+    goes = integers(start) if call.has(1) else [1]
+    return bool(limit and limit[0] > 0 and goes and goes[0])
 
 
 def _scan(call: Call, results: Sequence[Fact]) -> list[Fact]:

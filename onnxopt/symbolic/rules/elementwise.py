@@ -34,16 +34,11 @@ def cast(call: Call) -> list[Fact]:
     first = call.inputs[0]
     wide = (TensorProto.INT64, TensorProto.INT32)
     kept = first.value if first.dtype in wide and to in wide else None
-    if kept is not None and to == TensorProto.INT32 and not _fits_int32(kept):
+    if kept is not None and not all(fits(item, to) for item in kept.flat):
         kept = None
     if first.dtype == TensorProto.BOOL and to in wide:
         kept = first.value
     return [Fact(to, first.dims, kept)]
-
-
-def _fits_int32(value: Value) -> bool:
-    numbers = [item for item in value.flat if isinstance(item, int)]
-    return all(-(2**31) <= item < 2**31 for item in numbers)
 
 
 def cast_like(call: Call) -> list[Fact]:
@@ -140,8 +135,17 @@ def _value(call: Call, dtype: int, dims: Dims | None) -> Value | None:
         return None
     result = np.empty(made[0].shape, dtype=object)
     for index in np.ndindex(*result.shape):
-        result[index] = function(*(array[index] for array in made))
+        item = function(*(array[index] for array in made))
+        result[index] = item if fits(item, dtype) else None
     return result
+
+
+def fits(item: Dim | None, dtype: int) -> bool:
+    """Whether it is a number that the type holds, or of small factors: none wraps."""
+    if isinstance(item, int):
+        bits = 63 if dtype == TensorProto.INT64 else 31
+        return -(1 << bits) <= item < 1 << bits
+    return item is None or all(abs(factor) < 2**31 for _, factor in item.terms)
 
 
 def _known(function: Callable[..., Dim | None]) -> Callable[..., Dim | None]:
@@ -217,12 +221,12 @@ def _compare(decide: Callable[[Any], bool | None]) -> Callable[..., Dim | None]:
 def _is_zero(difference: Dim) -> bool | None:
     if isinstance(difference, int):
         return difference == 0
-    if _is_positive(difference) or _is_positive(dim.multiply(difference, -1)):
+    if is_positive(difference) or is_positive(dim.multiply(difference, -1)):
         return False
     return None
 
 
-def _is_positive(size: Dim) -> bool | None:
+def is_positive(size: Dim) -> bool | None:
     """True or False where it is sure."""
     if isinstance(size, int):
         return size > 0
@@ -232,7 +236,7 @@ def _is_positive(size: Dim) -> bool | None:
 
 
 def _is_not_negative(size: Dim) -> bool | None:
-    return _is_positive(dim.add(size, 1))
+    return is_positive(dim.add(size, 1))
 
 
 def _where(condition: Dim | None, left: Dim | None, right: Dim | None) -> Dim | None:
@@ -246,9 +250,9 @@ _FUNCTIONS: dict[str, Callable[..., Dim | None]] = {
     "And": _known(lambda left, right: int(bool(left and right))),
     "Div": _known(_quotient),
     "Equal": _compare(_is_zero),
-    "Greater": _compare(_is_positive),
+    "Greater": _compare(is_positive),
     "GreaterOrEqual": _compare(_is_not_negative),
-    "Less": _compare(lambda size: _is_positive(dim.multiply(size, -1))),
+    "Less": _compare(lambda size: is_positive(dim.multiply(size, -1))),
     "LessOrEqual": _compare(lambda size: _is_not_negative(dim.multiply(size, -1))),
     "Max": _chain(extreme("max", max)),
     "Min": _chain(extreme("min", min)),
@@ -265,7 +269,7 @@ _FUNCTIONS: dict[str, Callable[..., Dim | None]] = {
 _SAME = """Abs Acos Acosh Asin Asinh Atan Atanh BatchNormalization BitwiseNot Celu
     Ceil Clip Cos Cosh CumSum Elu Erf Exp Floor Gelu GroupNormalization HardSigmoid
     HardSwish Hardmax InstanceNormalization LRN LayerNormalization LeakyRelu Log
-    LogSoftmax LpNormalization MeanVarianceNormalization Mish Neg Not PRelu
+    LogSoftmax LpNormalization MeanVarianceNormalization Mish
     RMSNormalization Reciprocal Relu ReverseSequence Round Scatter ScatterElements
     ScatterND Selu Shrink Sigmoid Sign Sin Sinh Softmax Softplus Softsign Sqrt Swish
     Tan Tanh ThresholdedRelu Trilu"""
@@ -273,8 +277,8 @@ _SAME = """Abs Acos Acosh Asin Asinh Atan Atanh BatchNormalization BitwiseNot Ce
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_SAME.split(), same),
     **dict.fromkeys(
-        ("Add", "Sub", "Mul", "Div", "Pow", "Mod", "Min", "Max", "Sum", "Mean"),
-        variadic(),
+        ("Add", "Sub", "Mul", "Div", "Pow", "Mod", "Min", "Max", "Sum", "Mean", "PRelu"),
+        variadic(),  # ONNX Runtime broadcasts the input of PRelu to its slope, too
     ),
     **dict.fromkeys(("And", "Or", "Xor"), variadic(TensorProto.BOOL)),
     **dict.fromkeys(

@@ -9,7 +9,7 @@ from onnxopt import attributes
 from onnxopt.symbolic import dim
 from onnxopt.symbolic.dim import Dim
 from onnxopt.symbolic.fact import Call, Dims, Fact, integers
-from onnxopt.symbolic.rules.elementwise import Rule, broadcast
+from onnxopt.symbolic.rules.elementwise import Rule, broadcast, fits
 from onnxopt.symbolic.rules.movement import axes_of, axis_of, normalized, sized
 
 
@@ -26,6 +26,29 @@ def matmul(call: Call) -> list[Fact]:
     stack = broadcast((left[:-2], right[:-2]))
     assert stack is not None, "both ranks are known"
     return [Fact(dtype, (*stack, *row, *column))]
+
+
+def einsum(call: Call) -> list[Fact] | None:
+    """The size of each letter, 1 broadcast as ONNX Runtime does; no ellipsis."""
+    dtype, text = call.inputs[0].dtype, attributes.get(call.node, "equation", "")
+    left, arrow, right = text.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if "." in text or len(terms) != len(call.inputs):
+        return [Fact(dtype)]
+    letters = "".join(terms)
+    if not arrow:
+        right = "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    found: dict[str, list[Dims]] = {letter: [] for letter in letters}
+    for term, given in zip(terms, call.inputs, strict=True):
+        if given.dims is not None:
+            for letter, size in zip(term, given.dims, strict=True):
+                found[letter].append((size,))
+    dims: list[Dim] = []
+    for axis, letter in enumerate(right):
+        is_known = len(found[letter]) == letters.count(letter)
+        common = broadcast(found[letter]) if is_known else None
+        dims.append(call.fresh(axis) if common is None else common[0])
+    return [Fact(dtype, tuple(dims))]
 
 
 def gemm(call: Call) -> list[Fact]:
@@ -82,7 +105,7 @@ def _extents(call: Call, data: Dims | None, kernel: Dims, rank: int) -> Dims:
         else:
             reach = dilations[axis] * (width - 1) + 1
             inside = dim.add(size, pads[axis] + pads[axis + count] - reach)
-            made.append(dim.add(dim.floor_quotient(inside, strides[axis]), 1))
+            made.append(dim.windows(inside, strides[axis]))
     return tuple(made)
 
 
@@ -181,7 +204,8 @@ def product_of_value(call: Call) -> list[Fact]:
     if len(fact.dims) == 1 and fact.dims[0] != 1:
         return [fact]
     total = np.full([1] * len(fact.dims), None, dtype=object)
-    total[...] = dim.product(value)
+    size = dim.product(value)
+    total[...] = size if fits(size, fact.dtype) else None
     return [Fact(fact.dtype, fact.dims, total)]
 
 
@@ -227,6 +251,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool"), global_pool),
     "Conv": conv,
     "ConvInteger": conv,
+    "Einsum": einsum,
     "Gemm": gemm,
     "MatMul": matmul,
     "MatMulInteger": matmul,

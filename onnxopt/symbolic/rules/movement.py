@@ -24,7 +24,13 @@ from onnxopt.symbolic.fact import (
     of_value,
     vector,
 )
-from onnxopt.symbolic.rules.elementwise import Rule, broadcast, extreme, is_at_least
+from onnxopt.symbolic.rules.elementwise import (
+    Rule,
+    broadcast,
+    extreme,
+    is_at_least,
+    is_positive,
+)
 
 _INT32_MAX = 2**31 - 1
 
@@ -103,8 +109,8 @@ def _by_length(call: Call) -> list[Fact] | None:
 def _resolved(call: Call, before: Dims | None, target: Sequence[Dim | None]) -> Dims:
     """The dims of the result: what each entry means, or a fresh atom.
 
-    An entry that is no number is taken to be the size that it says. (Where that is 0,
-    it copies; what is copied is then the same, or the operator fails.)
+    Sizes that are no numbers are taken to be 1 or more, as in `fold-shapes`: an entry
+    that is 0 in a run copies, and a tensor without elements can have any other size.
     """
     keeps_zero = bool(attributes.get(call.node, "allowzero", 0))
     after: list[Dim | None] = []
@@ -221,15 +227,28 @@ def concat(call: Call) -> list[Fact] | None:
             total = None
         elif total is not None:
             total = dim.add(total, given.dims[axis])
-    dims = [_best([shape[i] for shape in known]) for i in range(rank)]
+    sure = [shape for shape in known if is_positive(shape[axis]) and 0 not in shape]
+    every = known if len(known) == len(call.inputs) else []
+    dims = []
+    for i in range(rank):
+        size = _common([shape[i] for shape in every], [shape[i] for shape in sure])
+        dims.append(call.fresh(i) if size is None else size)
     dims[axis] = call.fresh(axis) if total is None else total
     fact = Fact(call.inputs[0].dtype, tuple(dims))
     return _with_parts(call, fact, axis)
 
 
-def _best(sizes: Sequence[Dim]) -> Dim:
-    """Sizes that must be equal: a number where one is."""
-    return next((size for size in sizes if isinstance(size, int)), sizes[0])
+def _common(sizes: Sequence[Dim], sure: Sequence[Dim]) -> Dim | None:
+    """The one size that all have: a number where one is; None where that is not sure.
+
+    ONNX Runtime lets parts without elements have any other sizes. Only those that are
+    `sure` to have elements tell: along the axis for certain, while a size of another axis
+    that is no number is taken to be 1 or more.
+    """
+    if sizes and all(size == sizes[0] for size in sizes):
+        return sizes[0]
+    numbers = (size for size in sure if isinstance(size, int))
+    return next(numbers, sure[0] if sure else None)
 
 
 def _with_parts(call: Call, fact: Fact, axis: int) -> list[Fact]:
