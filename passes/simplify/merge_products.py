@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import numpy as np
-from onnx import NodeProto, TensorProto
+from onnx import NodeProto, TensorProto, helper
 
 from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
 from onnxopt.manager import Context, Pass
 from onnxopt.report import Guarantee
+from onnxopt.weights import Array
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
 
@@ -83,11 +84,9 @@ def _merge(graph: GraphView, nodes: list[NodeProto]) -> None:
     first = functools.reduce(
         lambda one, other: one if graph.precedes(one, other) else other, nodes
     )
-    arrays = [graph.array(node.input[1]) for node in nodes]
-    weights = [array for array in arrays if array is not None]
     edit = Edit(graph, first, max_growth=256)
     hint = f"{first.input[1]}_merged"
-    whole = edit.add_weight(np.concatenate(weights, axis=1), hint)
+    whole = edit.add_weight(_side_by_side(graph, products), hint)
     (made,) = edit.insert("MatMul", [first.input[0], whole])
     if has_bias:
         biases = [graph.array(product.bias) for product in products]
@@ -104,6 +103,21 @@ def _merge(graph: GraphView, nodes: list[NodeProto]) -> None:
         else:
             edit.bypass(product.node, {product.output: part})
     graph.apply(edit, f"{len(products)} products of one value")
+
+
+def _side_by_side(graph: GraphView, products: list[_Product]) -> Array:
+    """The weights as one, of which no two are in memory beside it at a time."""
+    first = graph.weight(products[0].node.input[1])
+    assert first is not None, "the weights are constants"
+    columns = sum(product.columns for product in products)
+    dtype = helper.tensor_dtype_to_np_dtype(first.data_type)
+    whole = np.empty((first.dims[0], columns), dtype)
+    start = 0
+    for product in products:
+        end = start + product.columns
+        whole[:, start:end] = graph.array(product.node.input[1])
+        start = end
+    return whole
 
 
 def _product(graph: GraphView, node: NodeProto) -> _Product:
