@@ -86,7 +86,7 @@ class Inliner:
         within = _definitions([node])
         for name in own:
             if name not in names:
-                is_free = counts[name] <= within[name] and graph.home(name) is None
+                is_free = counts[name] <= within[name] and _is_unknown(graph, name)
                 names[name] = name if is_free else graph.fresh(name)
         counts.update(names[name] for name in own)
         taken = {names[name] for name in own}
@@ -144,6 +144,11 @@ class Inliner:
             # before IR 4 an initializer is an input, which cannot be an output as well
             if new and old in own and old not in names and old not in weights:
                 names[old] = new
+
+
+def _is_unknown(graph: GraphView, name: str) -> bool:
+    """Whether `graph` neither sees a value of this name nor remembers one."""
+    return graph.home(name) is None and not graph.model.shapes.remembers(graph, name)
 
 
 def _bind(node: NodeProto, settings: Mapping[str, AttributeProto | None]) -> None:

@@ -41,6 +41,13 @@ class Shapes:
         """ONNX element type of `name`, None where unknown."""
         return self._inference.fact(view, name).dtype or None
 
+    def remembers(self, view: GraphView, name: str) -> bool:
+        """Whether `view` has made a value of this name of which something was inferred.
+
+        That stays, so another value must not take the name where that one is gone.
+        """
+        return name in self._inference.known(view)
+
     def forget(self) -> None:
         """Infer anew: an edit changed dims, or may have made more of them known."""
         self._inference = Inference(self._model)

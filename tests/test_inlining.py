@@ -48,3 +48,25 @@ def test_branches(case: Case, context: Context) -> None:
     onnx.checker.check_model(proto)
     for feed in support.feeds_of(source, _sizes(case)):
         support.assert_same(support.run(source, feed), support.run(proto, feed))
+
+
+def test_the_name_of_a_value_that_is_gone_is_not_given_to_another(
+    context: Context,
+) -> None:
+    """What was inferred of the first `t` would be believed of the second."""
+    source = support.parse(
+        """<ir_version: 8, opset_import: ["" : 17, "local" : 1]>
+        g (float[n,4] x, float[m] z) => (int64[k] y, float[q] w) {
+            t = Identity(x)
+            u = Relu(t)
+            s = Shape(u)
+            w = Cast<to = 1>(s)
+            y = local.f(z)
+        }
+        <domain: "local", opset_import: ["" : 17]>
+        f (a) => (b) { t = Neg(a) b = Shape(t) }"""
+    )
+    passes = "fold-shapes,identity,inline-functions,fold-shapes"
+    result = support.final(support.run_passes(source, passes, context))
+    for feed in support.feeds_of(source):
+        support.assert_same(support.run(source, feed), support.run(result, feed))
