@@ -260,6 +260,21 @@ def test_dims_hold_where_onnx_runtime_is_generous(
         assert symbols.get(str(dim), dim if isinstance(dim, int) else size) == size
 
 
+def test_a_part_that_is_cut_may_be_without_elements() -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[n,3] x) => (float[p,q] y) <int64[1] zero = {0}, int64[1] one = {1}> {
+            s = Shape(x)
+            d = Slice(s, zero, one)
+            z = Slice(x, one, d)
+            y = Concat<axis=1>(z, x)
+        }"""
+    )
+    (made,) = outputs(model, {"x": np.zeros((1, 3), np.float32)})
+    assert made.shape == (1, 6)
+    assert Model.open(model).main.shape("y") == ("y@0", 6)
+
+
 def test_a_size_of_a_pool_may_be_nothing() -> None:
     model = onnx.parser.parse_model(
         """<ir_version: 8, opset_import: ["" : 17]>

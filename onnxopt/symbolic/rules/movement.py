@@ -227,7 +227,7 @@ def concat(call: Call) -> list[Fact] | None:
             total = None
         elif total is not None:
             total = dim.add(total, given.dims[axis])
-    sure = [shape for shape in known if is_positive(shape[axis]) and 0 not in shape]
+    sure = [s for s in known if is_positive(s[axis]) and not any(map(dim.may_vanish, s))]
     every = known if len(known) == len(call.inputs) else []
     dims = []
     for i in range(rank):
@@ -243,7 +243,7 @@ def _common(sizes: Sequence[Dim], sure: Sequence[Dim]) -> Dim | None:
 
     ONNX Runtime lets parts without elements have any other sizes. Only those that are
     `sure` to have elements tell: along the axis for certain, while a size of another axis
-    that is no number is taken to be 1 or more.
+    that has but a name is taken to be 1 or more.
     """
     if sizes and all(size == sizes[0] for size in sizes):
         return sizes[0]
