@@ -331,3 +331,32 @@ def test_integers_that_wrap_are_not_followed() -> None:
     )
     fact = Model.open(model).main.fact("y")
     assert fact.value is None or list(fact.value) == [None]
+
+
+def test_a_constant_without_elements_may_have_several_dims() -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (int64[0,1,2] x) => (int64[0,1,2] y) { y = Add(x, none) }"""
+    )
+    none = numpy_helper.from_array(np.zeros((0, 1, 2), np.int64), "none")
+    model.graph.initializer.append(none)
+    assert Model.open(model).main.fact("none").dims == (0, 1, 2)
+
+
+@pytest.mark.parametrize(("op", "fits"), [("Div", False), ("Mod", False), ("Mul", True)])
+def test_an_entry_of_a_shape_that_may_be_zero_copies(op: str, fits: bool) -> None:
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["" : 17]>
+        g (float[n,m] x) => (float[p,q] y) <int64[1] five = {{5}}> {{
+            s = Shape(x)
+            d = {op}(s, five)
+            y = Reshape(x, d)
+        }}"""
+    )
+    shape = Model.open(model).main.shape("y")
+    assert shape is not None
+    assert (shape == ("5*n", "5*m")) == fits
+    if op == "Div":
+        (made,) = outputs(model, {"x": np.zeros((3, 4), np.float32)})
+        assert made.shape == (3, 4)
+        assert shape == ("y@0", "y@1")

@@ -215,6 +215,25 @@ def is_never_negative(size: Dim) -> bool:
     return all(factor >= 0 for _, factor in _terms(size))
 
 
+def may_vanish(size: Dim) -> bool:
+    """Whether it may be 0 (or less) where every size that has but a name is 1 or more."""
+    terms = _terms(size)
+    is_sum = all(factor > 0 for _, factor in terms)
+    return not is_sum or all(any(map(_may_vanish, items)) for items, _ in terms)
+
+
+def _may_vanish(item: Atom) -> bool:
+    given = [may_vanish(argument) for argument in item.arguments]
+    match item.function:
+        case "" | "windows":
+            return False
+        case "max":
+            return all(given)
+        case "bcast" | "min":
+            return any(given)
+    return True
+
+
 def _terms(size: Dim) -> tuple[tuple[Monomial, int], ...]:
     if isinstance(size, int):
         return (((), size),) if size else ()

@@ -109,8 +109,9 @@ def _by_length(call: Call) -> list[Fact] | None:
 def _resolved(call: Call, before: Dims | None, target: Sequence[Dim | None]) -> Dims:
     """The dims of the result: what each entry means, or a fresh atom.
 
-    Sizes that are no numbers are taken to be 1 or more, as in `fold-shapes`: an entry
-    that is 0 in a run copies, and a tensor without elements can have any other size.
+    An entry that is 0 in a run copies, as quotients and remainders may. Sizes that have
+    but a name are taken to be 1 or more, as in `fold-shapes`: a tensor without elements
+    can have any other size.
     """
     keeps_zero = bool(attributes.get(call.node, "allowzero", 0))
     after: list[Dim | None] = []
@@ -121,12 +122,18 @@ def _resolved(call: Call, before: Dims | None, target: Sequence[Dim | None]) -> 
         elif isinstance(size, int):
             after.append(size if size >= 0 else None)
         else:
-            after.append(size if _is_size(size) else None)
+            is_sure = _is_size(size) if keeps_zero else _is_copied_or_sure(size, copied)
+            after.append(size if is_sure else None)
     if after.count(None) == 1 and before is not None:
         after[after.index(None)] = _left(before, after)
     return tuple(
         call.fresh(axis) if size is None else size for axis, size in enumerate(after)
     )
+
+
+def _is_copied_or_sure(size: Dim | None, copied: Dim | None) -> bool:
+    """Whether an entry is the size that results, be it 0 in a run or not."""
+    return size is not None and (size == copied or not dim.may_vanish(size))
 
 
 def _left(before: Dims, after: Sequence[Dim | None]) -> Dim | None:
