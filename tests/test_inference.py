@@ -272,7 +272,7 @@ def test_a_part_that_is_cut_may_be_without_elements() -> None:
     )
     (made,) = outputs(model, {"x": np.zeros((1, 3), np.float32)})
     assert made.shape == (1, 6)
-    assert Model.open(model).main.shape("y") == ("y@0", 6)
+    assert Model.open(model).main.shape("y") == ("n", 6)
 
 
 def test_a_size_of_a_pool_may_be_nothing() -> None:
