@@ -410,8 +410,9 @@ def test_reduce_that_overflows(dtype: str) -> None:
     declines("ReduceSum", [np.array([high, 1], dtype)], opset=13)
     declines("ReduceSum", [np.array([high, 1, -high], dtype)], opset=13)
     declines("ReduceProd", [np.array([high // 2, 3], dtype)], opset=13)
-    check("ReduceProd", [np.array([high // 2, 2, 0], dtype)], opset=13)
-    check("ReduceSum", [np.array([high - 1, 1], dtype)], opset=13)
+    most = min(high, 1 << 53)
+    check("ReduceProd", [np.array([most // 2, 2, 0], dtype)], opset=13)
+    check("ReduceSum", [np.array([most - 1, 1], dtype)], opset=13)
 
 
 def test_reduce_of_nothing() -> None:
@@ -442,3 +443,12 @@ def test_what_the_table_leaves_alone() -> None:
         arithmetic.evaluate(make_node("Add", ["", "a"], ["b"]), [None, ints(1)], 17)
         is None
     )
+
+
+@pytest.mark.parametrize("op_type", ["ReduceSum", "ReduceProd"])
+def test_reduce_of_what_doubles_round(op_type: str) -> None:
+    """ONNX Runtime reduces int64 by way of doubles; the table does not answer."""
+    array = np.array([(1 << 53) + 1, 1])
+    node = make_node(op_type, ["a"], ["b"])
+    found = arithmetic.evaluate(node, [array], 11)
+    assert found is None or np.array_equal(found, expected(node, [array], 11))
