@@ -20,6 +20,7 @@ from onnx import (
     NodeProto,
     SparseTensorProto,
     TensorProto,
+    ValueInfoProto,
     helper,
 )
 
@@ -591,6 +592,7 @@ class _Journal:
                 helper.make_tensor_value_info(kept.name, kept.data_type, kept.dims)
             )
             view._given.add(kept.name)
+            view.listed()[kept.name] = graph.input[-1]
         self.undo.append(lambda: self._unadd_weight(view, graph, kept, old_format))
         self.touched += [(use.view, use.node) for use in view.uses(kept.name)]
 
@@ -601,7 +603,7 @@ class _Journal:
         view._dead[id(tensor)] = tensor
         if listed:
             view._given.discard(tensor.name)
-            del graph.input[-1]
+            del view.listed()[tensor.name], graph.input[-1]
 
     def drop_weight(self, view: GraphView, name: str) -> None:
         tensor = view._weights[name]
@@ -614,12 +616,10 @@ class _Journal:
         self.undo.append(lambda: _restore_weight(view, tensor))
         self.undefined.append((view, name))
         if name in view._given:
-            index = [value.name for value in graph.input].index(name)
-            value = type(graph.input[index])()
-            value.CopyFrom(graph.input[index])
-            del graph.input[index]
+            value = view.listed().pop(name)
+            view._dead[id(value)] = value
             view._given.discard(name)
-            self.undo.append(lambda: _restore_input(view, graph, index, value))
+            self.undo.append(lambda: _restore_input(view, value))
 
     def set_weight(self, view: GraphView, name: str, tensor: TensorProto) -> None:
         home = view.home(name)
@@ -727,8 +727,9 @@ def _restore_weight(view: GraphView, tensor: TensorProto) -> None:
     view._dead.pop(id(tensor), None)
 
 
-def _restore_input(view: GraphView, graph: GraphProto, index: int, value: Any) -> None:
-    graph.input.insert(index, value)
+def _restore_input(view: GraphView, value: ValueInfoProto) -> None:
+    view._dead.pop(id(value), None)
+    view.listed()[value.name] = value
     view._given.add(value.name)
 
 

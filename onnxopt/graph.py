@@ -13,7 +13,15 @@ from collections.abc import Collection, Iterable, Iterator, MutableSequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto, helper
+from onnx import (
+    AttributeProto,
+    FunctionProto,
+    GraphProto,
+    NodeProto,
+    TensorProto,
+    ValueInfoProto,
+    helper,
+)
 
 from onnxopt import attributes
 from onnxopt.errors import InvalidModelError
@@ -70,6 +78,7 @@ class GraphView:
         self.owner = owner
         self.changes: list[NodeProto] = []
         self._nodes: dict[int, NodeProto] = {}
+        self._ops: dict[int, str] = {}
         self._by_op: dict[str, dict[int, NodeProto]] = {}
         self._rank: dict[int, tuple[int, int]] = {}
         self._children: dict[int, list[GraphView]] = {}
@@ -81,7 +90,8 @@ class GraphView:
         self._captured: Counter[str] = Counter()  # by inner scopes, as their outputs
         self._passed: list[tuple[GraphView, str]] = []  # outer values that are outputs
         self._uses: dict[str, dict[tuple[int, int], Use]] = {}
-        self._dead: dict[int, NodeProto | TensorProto] = {}
+        self._dead: dict[int, NodeProto | TensorProto | ValueInfoProto] = {}
+        self._listed: dict[str, ValueInfoProto] | None = None  # inputs, once asked for
         self._gone: set[str] = set()
         self._unordered = False  # some rank contradicts a dependency
         self._misplaced = False  # the protobuf's order contradicts the ranks
@@ -114,6 +124,9 @@ class GraphView:
 
         A call of a model-local function is never a standard operator.
         """
+        known = self._ops.get(id(node))
+        if known is not None:
+            return known
         if self.model.is_call(node):
             return f"{node.domain}::{node.op_type}()"
         if node.domain in ("", "ai.onnx"):
@@ -266,6 +279,13 @@ class GraphView:
         """Whether initializer `name` may go, read or not: it is not an optional input."""
         return name in self._weights and not self._is_overridable(name)
 
+    def listed(self) -> dict[str, ValueInfoProto]:
+        """The inputs by name, as edits keep them up."""
+        assert isinstance(self.proto, GraphProto)
+        if self._listed is None:
+            self._listed = {value.name: value for value in self.proto.input}
+        return self._listed
+
     def initializers(self) -> list[TensorProto]:
         """The initializers of this scope."""
         return list(self._weights.values())
@@ -337,6 +357,8 @@ class GraphView:
             _compact(self.proto.node, self._dead)
             if isinstance(self.proto, GraphProto):
                 _compact(self.proto.initializer, self._dead)
+                if self._listed is not None:
+                    _compact(self.proto.input, self._dead)
             self._dead.clear()
         if self._gone:
             self._forget_gone()
@@ -495,11 +517,13 @@ class GraphView:
 
     def _enlist(self, node: NodeProto) -> None:
         """Put `node` into the index of operators."""
-        self._by_op.setdefault(self.op(node), {})[id(node)] = node
+        op = self.op(node)
+        self._ops[id(node)] = op
+        self._by_op.setdefault(op, {})[id(node)] = node
 
     def _delist(self, node: NodeProto) -> None:
         """Take `node` out of the index of operators, before it becomes another."""
-        del self._by_op[self.op(node)][id(node)]
+        del self._by_op[self._ops.pop(id(node))][id(node)]
 
     def _sources(self, node: NodeProto) -> Iterator[NodeProto]:
         """The nodes of this scope that `node` depends on, captures included."""
