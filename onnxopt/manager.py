@@ -137,6 +137,6 @@ def _run_pass(pass_: Pass, model: Model, context: Context) -> None:
 
 def _look_anew(model: Model) -> None:
     """Let every pass visit every node again, and shapes be inferred again."""
-    model.shapes.forget()
+    model.shapes.refresh()
     for view in model.views():
         view.forget_visits()

@@ -48,6 +48,10 @@ class Shapes:
         """
         return name in self._inference.known(view)
 
+    def refresh(self) -> None:
+        """Infer anew what edits may have made more known of; what is complete stays."""
+        self._inference = self._inference.renewed()
+
     def forget(self) -> None:
-        """Infer anew: an edit changed dims, or may have made more of them known."""
+        """Infer all anew: an edit changed dims."""
         self._inference = Inference(self._model)

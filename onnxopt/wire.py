@@ -32,6 +32,9 @@ _INNER = {
     "node": {5: "attribute"},
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph"},
 }
+WINDOW = 256
+MAX_HEADER = 20
+"""Bytes of a field's tag and of the number behind it, at most."""
 MAX_DEPTH = 100
 """Messages within messages: protobuf itself takes no more."""
 MIN_PAYLOAD = 4096
@@ -67,40 +70,30 @@ def header(number: int, length: int) -> bytes:
     return varint(number << 3 | LENGTH) + varint(length)
 
 
-def _read_varint(file: BinaryIO) -> int:
-    value = shift = 0
-    while True:
-        byte = file.read(1)
-        if not byte:
-            raise WireError("the file ends inside a number")
-        value |= (byte[0] & 0x7F) << shift
-        if byte[0] < 0x80:
-            return value
-        shift += 7
-        if shift > 63:
-            raise WireError("a number is too long")
-
-
 def fields(file: BinaryIO, start: int, end: int) -> Iterator[Field]:
     """The fields of the message in bytes [start, end) of `file`, in file order.
 
     Raises WireError where the bytes are not a message.
     """
+    window, base = b"", start  # the bytes from `base` on that were read last
     position = start
     while position < end:
-        file.seek(position)
-        tag = _read_varint(file)
+        at = position - base
+        if len(window) - at < MAX_HEADER:
+            file.seek(position)
+            window, base, at = file.read(min(WINDOW, end - position)), position, 0
+        tag, at = _varint_at(window, at)
         number, wire_type = tag >> 3, tag & 7
         if wire_type == LENGTH:
-            length = _read_varint(file)
-            value = file.tell()
+            length, at = _varint_at(window, at)
+            value = base + at
             stop = value + length
         elif wire_type == VARINT:
-            value = file.tell()
-            _read_varint(file)
-            stop = file.tell()
+            value = base + at
+            _, at = _varint_at(window, at)
+            stop = base + at
         elif wire_type in (FIXED64, FIXED32):
-            value = file.tell()
+            value = base + at
             stop = value + (8 if wire_type == FIXED64 else 4)
         else:
             raise WireError(f"unknown wire type {wire_type}")
@@ -108,6 +101,26 @@ def fields(file: BinaryIO, start: int, end: int) -> Iterator[Field]:
             raise WireError("a field runs past the end of its message")
         yield Field(number, wire_type, position, value, stop)
         position = stop
+
+
+def _varint_at(data: bytes, at: int) -> tuple[int, int]:
+    """The number that starts at `at`, and where it ends."""
+    try:
+        value = data[at]
+        if value < 0x80:
+            return value, at + 1
+        value, shift = value & 0x7F, 7
+        while True:
+            at += 1
+            byte = data[at]
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value, at + 1
+            shift += 7
+            if shift > 63:
+                raise WireError("a number is too long")
+    except IndexError:
+        raise WireError("the file ends inside a number") from None
 
 
 def external_entries(location: str, offset: int, length: int) -> bytes:

@@ -13,6 +13,7 @@ call is inferred with the facts of its inputs.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -23,8 +24,8 @@ from onnx import FunctionProto, NodeProto, TensorProto, ValueInfoProto
 from onnxopt import attributes
 from onnxopt.graph import GraphView, constant_value
 from onnxopt.symbolic import dim, fallback
-from onnxopt.symbolic.dim import Dim
-from onnxopt.symbolic.fact import FOLLOWED, MAX_VALUE, UNKNOWN, Fact, objects
+from onnxopt.symbolic.dim import Atom, Dim
+from onnxopt.symbolic.fact import FOLLOWED, MAX_VALUE, UNKNOWN, Fact, numbers, objects
 from onnxopt.symbolic.rules import control
 from onnxopt.symbolic.rules.table import RULES
 from onnxopt.weights import Array, elements
@@ -44,6 +45,7 @@ class Inference:
         self._facts: dict[GraphView, dict[str, Fact]] = {}
         self._numbers: dict[GraphView, int] = {}
         self._shared: set[str] | None = None
+        self._inputs: set[Atom] = set()  # sizes of the model's inputs
 
     def fact(self, view: GraphView, name: str) -> Fact:
         """What is known of `name`, as seen from `view`."""
@@ -63,6 +65,40 @@ class Inference:
     def known(self, view: GraphView) -> dict[str, Fact]:
         """Facts found so far about what `view` defines."""
         return self._facts.setdefault(view, {})
+
+    def renewed(self) -> Inference:
+        """One that knows only what is complete: of that no edit tells more.
+
+        What is gone is forgotten, and so is a size that inference gave a name, which
+        may turn out to be another one's.
+        """
+        made = Inference(self.model)
+        made._inputs = self._inputs
+        for view in self.model.views():
+            facts = self._facts.get(view, {})
+            made._facts[view] = {
+                name: fact
+                for name, fact in facts.items()
+                if view.home(name) is view and self._is_complete(fact)
+            }
+        return made
+
+    def _is_complete(self, fact: Fact) -> bool:
+        if not fact.dtype or fact.dims is None or not all(map(self._is_sure, fact.dims)):
+            return False
+        if fact.value is not None:
+            return all(map(self._is_sure, fact.value.flat))
+        sizes = numbers(fact.dims)
+        is_long = sizes is not None and math.prod(sizes) > MAX_VALUE
+        return fact.dtype not in FOLLOWED or is_long
+
+    def _is_sure(self, size: Dim | None) -> bool:
+        """Whether it is a number, or made of the sizes of inputs alone."""
+        if size is None or isinstance(size, int):
+            return size is not None
+        return all(
+            item in self._inputs for monomial, _ in size.terms for item in monomial
+        )
 
     def _constant(self, home: GraphView, name: str) -> Fact | None:
         """Of a constant; never kept, since an edit may give it another value."""
@@ -156,6 +192,7 @@ class Inference:
                 dims.append(dim.atom(size.dim_param))
             else:
                 dims.append(dim.atom(_atom_name(f"{value.name}", axis)))
+            self._inputs.update(dim.atoms(dims[-1]))
         return Fact(tensor.elem_type, tuple(dims))
 
     def _is_shared(self, symbol: str) -> bool:
