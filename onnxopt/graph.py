@@ -497,6 +497,8 @@ class GraphView:
 
     def _around(self, start: int, ops: Collection[str]) -> list[NodeProto]:
         """The nodes logged since `start`, and those next to them, each once."""
+        if ops and not any(map(self._by_op.get, ops)):
+            return []
         changed = {id(node): node for node in self.changes[start:]}
         found: dict[int, NodeProto] = {}
         for key, node in changed.items():

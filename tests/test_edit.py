@@ -888,3 +888,36 @@ def test_inputs_are_replaced_as_a_whole() -> None:
     assert list(node.input) == ["z"]
     assert not graph.uses("x")
     verifier.verify(model, "after it", rebuild=True)
+
+
+def test_before_ir_4_an_input_goes_and_comes_back_with_its_initializer() -> None:
+    view = opened(
+        """main (float[2] x, float[2] W, float[2] V) => (float[2] y)
+        <float[2] W = {1,2}, float[2] V = {3,4}> {
+           u = Add (x, W)
+           y = Add (x, V)
+        }""",
+        ir=3,
+    )
+    graph = view.proto
+    assert isinstance(graph, GraphProto)
+    before = graph.SerializeToString()
+    view.model.ledger = Ledger(limit=0)
+    assert not view.apply(erased(view, "u"), "refused")
+    view.settle()
+    assert graph.SerializeToString() == before
+    view.model.ledger = Ledger()
+    assert view.apply(erased(view, "u"), "done")
+    view.settle()
+    assert [value.name for value in graph.input] == ["x", "V"]
+    edit = Edit(view, view.producer("y"))
+    edit.set_input(edit.node, 1, edit.add_weight(np.ones(2, np.float32), "W", "W"))
+    assert view.apply(edit, "the name is free again, and V goes")
+    view.settle()
+    assert [value.name for value in graph.input] == ["x", "W"]
+
+
+def erased(view: GraphView, name: str) -> Edit:
+    edit = Edit(view, view.producer(name))
+    edit.erase(edit.node)
+    return edit
