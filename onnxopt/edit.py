@@ -284,9 +284,10 @@ class _Journal:
     def publish(self) -> None:
         """Tell the views' change logs."""
         for home, name in self.relieved:
-            uses = home.uses(name)
+            uses = home._uses.get(name, ())
             if len(uses) == 1:  # rules that need a sole reader may apply to it now
-                self.touched.append((uses[0].view, uses[0].node))
+                use = next(iter(home._uses[name].values()))
+                self.touched.append((use.view, use.node))
         for view, node in self._touched_outwards():
             view.changes.append(node)
 
