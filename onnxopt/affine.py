@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto, helper
 
+from onnxopt import axes
 from onnxopt.graph import GraphView
 from onnxopt.linear import FLOATS, Floats
 from onnxopt.weights import tensor_bytes
@@ -89,10 +90,4 @@ class Affine:
 
     def keeps_shape(self, graph: GraphView) -> bool:
         """Whether the constant is sure not to broadcast the value."""
-        if not self.dims:
-            return True
-        shape = graph.shape(self.value)
-        if shape is None or len(self.dims) > len(shape):
-            return False
-        aligned = shape[len(shape) - len(self.dims) :]
-        return all(dim in (1, size) for dim, size in zip(self.dims, aligned, strict=True))
+        return axes.leaves_shape(self.dims, graph.shape(self.value))

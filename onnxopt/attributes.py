@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from onnx import AttributeProto, GraphProto, NodeProto, helper
+from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, helper
 
 
 def find(node: NodeProto, name: str) -> AttributeProto | None:
@@ -73,23 +73,38 @@ def has_references(node: NodeProto) -> bool:
     return False
 
 
-def bound(node: NodeProto, given: Mapping[str, AttributeProto]) -> NodeProto:
-    """A node of a function body with the values of the attributes that it refers to.
+def of_call(function: FunctionProto, node: NodeProto) -> dict[str, AttributeProto | None]:
+    """What the attributes of a local function are for one call; None: not set."""
+    given: dict[str, AttributeProto | None] = dict.fromkeys(function.attribute)
+    given.update({item.name: item for item in function.attribute_proto})
+    given.update({item.name: item for item in node.attribute})
+    return given
+
+
+def bind(node: NodeProto, given: Mapping[str, AttributeProto | None]) -> None:
+    """Put values in the place of references to a function's attributes.
 
     A reference to an attribute that is not given means that there is none.
     """
+    for index in range(len(node.attribute) - 1, -1, -1):
+        attribute = node.attribute[index]
+        if not attribute.ref_attr_name:
+            continue
+        value, name = given.get(attribute.ref_attr_name), attribute.name
+        if value is None:
+            del node.attribute[index]
+        else:
+            attribute.CopyFrom(value)
+            attribute.name = name
+
+
+def bound(node: NodeProto, given: Mapping[str, AttributeProto | None]) -> NodeProto:
+    """`node` itself where it refers to none; else a copy, bound."""
     if not has_references(node):
         return node
     copy = NodeProto()
     copy.CopyFrom(node)
-    del copy.attribute[:]
-    for attribute in node.attribute:
-        value = given.get(attribute.ref_attr_name) if attribute.ref_attr_name else None
-        if value is None and attribute.ref_attr_name:
-            continue
-        kept = copy.attribute.add()
-        kept.CopyFrom(attribute if value is None else value)
-        kept.name = attribute.name
+    bind(copy, given)
     return copy
 
 

@@ -80,9 +80,14 @@ def axes_of(graph: GraphView, node: NodeProto, slot: int = 1) -> list[int] | Non
     return None if axes is None else [int(axis) for axis in axes]
 
 
-def same_dim(graph: GraphView, first: int | str | None, second: int | str | None) -> bool:
-    """Whether two dims are surely equal."""
-    return first is not None and first == second
+def leaves_shape(dims: Shape | None, shape: Shape | None) -> bool:
+    """Whether what has `dims` is sure not to broadcast what has `shape`."""
+    if dims == ():
+        return True
+    if dims is None or shape is None or len(dims) > len(shape):
+        return False
+    aligned = shape[len(shape) - len(dims) :]
+    return all(dim in (1, size) for dim, size in zip(dims, aligned, strict=True))
 
 
 def moves_only_ones(perm: Sequence[int], shape: Shape) -> bool:
@@ -91,7 +96,7 @@ def moves_only_ones(perm: Sequence[int], shape: Shape) -> bool:
     return kept == sorted(kept)
 
 
-def perm_between(graph: GraphView, source: Shape, target: Shape) -> Perm | None:
+def perm_between(source: Shape, target: Shape) -> Perm | None:
     """The Transpose that does what a Reshape from `source` to `target` does.
 
     None where there is none: it may only move axes of size 1. One pair of dims may be
@@ -104,10 +109,10 @@ def perm_between(graph: GraphView, source: Shape, target: Shape) -> Perm | None:
     if len(ours) != len(theirs):
         return None
     pairs = [(source[a], target[b]) for a, b in zip(ours, theirs, strict=True)]
-    open_pairs = [pair for pair in pairs if not same_dim(graph, *pair)]
+    open_pairs = [(a, b) for a, b in pairs if a != b]
     if any(isinstance(a, int) and isinstance(b, int) for a, b in open_pairs):
         return None
-    sizes = [a for a, b in pairs if same_dim(graph, a, b)]
+    sizes = [a for a, b in pairs if a == b]
     if len(open_pairs) > 1 or (open_pairs and not all_positive(sizes)):
         return None
     ones = iter(axis for axis, dim in enumerate(source) if dim == 1)

@@ -25,7 +25,7 @@ from onnx import (
 )
 
 from onnxopt import attributes, operators
-from onnxopt.graph import GraphView, Read, constant_value
+from onnxopt.graph import GraphView, Read, annotated, constant_value
 from onnxopt.inlining import Content
 from onnxopt.ledger import FORBIDDEN
 from onnxopt.weights import Array, attribute_tensors, tensor_bytes
@@ -499,7 +499,7 @@ class _Journal:
         self._append(view.proto.value_info, content.value_info)
         if isinstance(view.proto, GraphProto) and content.annotations:
             self._append(view.proto.quantization_annotation, content.annotations)
-            pinned = content.annotated() - view._pinned
+            pinned = set(annotated(content.annotations)) - view._pinned
             view._pinned |= pinned
             self.undo.append(lambda: view._pinned.difference_update(pinned))
 

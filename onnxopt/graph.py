@@ -18,6 +18,7 @@ from onnx import (
     FunctionProto,
     GraphProto,
     NodeProto,
+    TensorAnnotation,
     TensorProto,
     ValueInfoProto,
     helper,
@@ -109,10 +110,14 @@ class GraphView:
         """The version of an operator set that this scope imports; 0 where it does not."""
         return self.model.opset(self, domain)
 
-    def nodes(self) -> list[NodeProto]:
-        """The scope's nodes in topological order."""
+    def nodes(self, ops: Collection[str] = ()) -> list[NodeProto]:
+        """The nodes of these operators (none: of all) in topological order."""
         self.settle()
-        return list(self.proto.node)
+        if not ops:
+            return list(self.proto.node)
+        found = [node for op in ops for node in self._by_op.get(op, {}).values()]
+        found.sort(key=lambda node: self._rank[id(node)])
+        return found
 
     def children(self) -> Iterator[GraphView]:
         """The views of the subgraphs directly inside this scope."""
@@ -306,7 +311,7 @@ class GraphView:
         _, start = self._cursors.get(id(owner), (owner, None))
         if start == len(self.changes):
             return
-        first = self._sorted(ops) if start is None else self._around(start, ops)
+        first = self.nodes(ops) if start is None else self._around(start, ops)
         queue, waiting = deque(first), {id(node) for node in first}
         seen, budget = len(self.changes), 1000 + 60 * len(self._nodes)
         while queue:
@@ -325,15 +330,6 @@ class GraphView:
                         queue.append(other)
                 seen = len(self.changes)
         self._cursors[id(owner)] = owner, len(self.changes)
-
-    def _sorted(self, ops: Collection[str]) -> list[NodeProto]:
-        """The nodes of these operators (none: of all) in topological order."""
-        if not ops:
-            return self.nodes()
-        self.settle()
-        found = [node for op in ops for node in self._by_op.get(op, {}).values()]
-        found.sort(key=lambda node: self._rank[id(node)])
-        return found
 
     def forget_visits(self) -> None:
         """Let the next visit of each owner be of all nodes."""
@@ -388,7 +384,7 @@ class GraphView:
             self._given.update(item.values.name for item in graph.sparse_initializer)
             self._weights = {tensor.name: tensor for tensor in graph.initializer}
             names = (value.name for value in graph.output)
-            self._pinned.update(_annotated(graph))
+            self._pinned.update(annotated(graph.quantization_annotation))
         for name in names:
             self._outputs[name] = self._outputs.get(name, 0) + 1
         for position, node in enumerate(graph.node):
@@ -652,9 +648,9 @@ _CONSTANT_KINDS = {
 }
 
 
-def _annotated(graph: GraphProto) -> Iterator[str]:
+def annotated(annotations: Iterable[TensorAnnotation]) -> Iterator[str]:
     """The scales and zero points that quantization annotations name."""
-    for annotation in graph.quantization_annotation:
+    for annotation in annotations:
         for entry in annotation.quant_parameter_tensor_names:
             yield entry.value
 

@@ -40,14 +40,6 @@ class Content:
     value_info: list[ValueInfoProto] = field(default_factory=list)
     annotations: list[TensorAnnotation] = field(default_factory=list)
 
-    def annotated(self) -> set[str]:
-        """The scales and zero points that the annotations name."""
-        return {
-            entry.value
-            for annotation in self.annotations
-            for entry in annotation.quant_parameter_tensor_names
-        }
-
 
 class Inliner:
     """Makes copies of scopes for the places of the nodes that they are the bodies of.
@@ -98,7 +90,7 @@ class Inliner:
             _rename_reads(copy, names, graph, taken)
             for inner in attributes.nodes_in([copy]):
                 if settings is not None:
-                    _bind(inner, settings)
+                    attributes.bind(inner, settings)
                 if prefix and inner.name:
                     inner.name = f"{prefix}/{inner.name}"
             if copy.name:
@@ -149,20 +141,6 @@ class Inliner:
 def _is_unknown(graph: GraphView, name: str) -> bool:
     """Whether `graph` neither sees a value of this name nor remembers one."""
     return graph.home(name) is None and not graph.model.shapes.remembers(graph, name)
-
-
-def _bind(node: NodeProto, settings: Mapping[str, AttributeProto | None]) -> None:
-    """Put values in the place of references to a function's attributes."""
-    for index in range(len(node.attribute) - 1, -1, -1):
-        attribute = node.attribute[index]
-        if not attribute.ref_attr_name:
-            continue
-        value, name = settings.get(attribute.ref_attr_name), attribute.name
-        if value is None:
-            del node.attribute[index]
-        else:
-            attribute.CopyFrom(value)
-            attribute.name = name
 
 
 def _weights(body: GraphView) -> list[str]:

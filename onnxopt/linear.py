@@ -8,7 +8,6 @@ change; then they are computed in float64 and rounded once to the weight's type.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +81,24 @@ class Layer:
         if (len(tensor.dims) != 2) if is_product else (len(tensor.dims) < 3):
             raise DeclinedError(f"the weight of the {node.op_type} is of another rank")
         return cls(graph, node, tensor, _layout(node, tuple(tensor.dims)))
+
+    @classmethod
+    def beside(
+        cls, graph: GraphView, node: NodeProto | None, between: str
+    ) -> Layer | None:
+        """The layer that `node` is, where nothing else reads its weight.
+
+        `between` is the value by which it was found, which nothing else may read.
+        """
+        if node is None or graph.op(node) not in LAYERS:
+            return None
+        if graph.only_use(between) is None:
+            return None
+        try:
+            layer = cls.of(graph, node)
+        except DeclinedError:
+            return None
+        return None if layer.is_shared else layer
 
     @property
     def outputs(self) -> int:
@@ -316,8 +333,3 @@ def per_channel(values: Floats, channels: int, axis: int, rank: int) -> Floats |
     if values.size > 1 and (along < 0 or values.shape[along] != channels):
         return None
     return np.broadcast_to(values.reshape(-1), (channels,)).astype(np.float64)
-
-
-def count(tensor: TensorProto) -> int:
-    """The number of elements of a constant."""
-    return math.prod(tensor.dims)

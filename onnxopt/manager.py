@@ -110,7 +110,6 @@ class PassManager:
         ledger = model.ledger
         before, started = ledger.edits, time.process_time()
         ledger.begin(pass_.name, pass_.guarantee)
-        model.runs = (model.runs or 0) + 1
         _run_pass(pass_, model, context)
         edits = ledger.edits - before
         if edits:

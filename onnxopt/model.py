@@ -43,7 +43,6 @@ class Model:
         self.notes: list[str] = []
         self.names: set[str] = set()
         self.version = 0  # edits so far
-        self.runs: int | None = None  # runs of passes so far, where a manager counts
         self.analyses: WeakKeyDictionary[GraphView, tuple[int, Any]]
         self.analyses = WeakKeyDictionary()  # by scope, with the version they are of
         self.ledger = Ledger()

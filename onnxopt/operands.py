@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onnx import NodeProto
 
-from onnxopt import attributes
+from onnxopt import attributes, axes
 from onnxopt.graph import GraphView
 
 _AXES_INPUT = {"ReduceSum": 13}
@@ -20,14 +20,7 @@ def takes_axes_input(op_type: str, opset: int) -> bool:
 
 def reduced_axes(graph: GraphView, node: NodeProto) -> list[int] | None:
     """The axes that a reduction names; None where it names none, or no constants."""
-    if not takes_axes_input(node.op_type, graph.opset()):
-        axes = attributes.get(node, "axes")
-    elif len(node.input) > 1 and node.input[1]:
-        array = graph.array(node.input[1])
-        axes = None if array is None else array.tolist()
-    else:
-        axes = None
-    return axes or None
+    return axes.axes_of(graph, node) or None
 
 
 def clip_bounds(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from onnx import NodeProto, TensorProto
+from onnx import NodeProto, TensorProto, TypeProto, helper
 
 from onnxopt.symbolic.dim import Dim, Expr
 from onnxopt.weights import Array
@@ -33,11 +34,6 @@ class Fact:
     dtype: int = 0
     dims: Dims | None = None
     value: Value | None = None
-
-    @property
-    def is_followed(self) -> bool:
-        """Whether something is known of its elements."""
-        return self.value is not None
 
 
 UNKNOWN = Fact()
@@ -87,6 +83,34 @@ def integers(value: Value | None) -> list[int] | None:
         return None
     flat: list[Any] = list(value.flat)
     return None if any(not isinstance(item, int) for item in flat) else flat
+
+
+def array_of(fact: Fact) -> Array | None:
+    """The value as ONNX Runtime computes it; None where some element is no number."""
+    items = integers(fact.value)
+    if items is None or fact.value is None or fact.dtype not in FOLLOWED:
+        return None
+    dtype = helper.tensor_dtype_to_np_dtype(fact.dtype)
+    return np.array(items, dtype=dtype).reshape(fact.value.shape)
+
+
+def of_type(kind: TypeProto, size_of: Callable[[int, str], Dim]) -> Fact:
+    """What a type says; `size_of` makes the dims that it gives no number.
+
+    It is asked with the axis and the symbol, "" where there is none.
+    """
+    if not kind.HasField("tensor_type"):
+        return UNKNOWN
+    tensor = kind.tensor_type
+    if not tensor.HasField("shape"):
+        return Fact(tensor.elem_type)
+    dims = tuple(
+        int(size.dim_value)
+        if size.HasField("dim_value") and size.dim_value >= 0
+        else size_of(axis, size.dim_param)
+        for axis, size in enumerate(tensor.shape.dim)
+    )
+    return Fact(tensor.elem_type, dims)
 
 
 def numbers(dims: Dims | None) -> list[int] | None:

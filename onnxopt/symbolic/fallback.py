@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import onnx
 import onnx.checker
-from onnx import TensorProto, TypeProto, helper, shape_inference
+from onnx import TensorProto, TypeProto, helper, numpy_helper, shape_inference
 
 from onnxopt import attributes, doubt
 from onnxopt.symbolic import dim
 from onnxopt.symbolic.dim import Dim
-from onnxopt.symbolic.fact import MAX_VALUE, UNKNOWN, Fact, integers
+from onnxopt.symbolic.fact import MAX_VALUE, UNKNOWN, Fact, array_of, of_type
 from onnxopt.weights import elements
 
 if TYPE_CHECKING:
@@ -80,10 +80,9 @@ def _constants(site: Site) -> dict[str, TensorProto]:
             if elements(tensor) <= MAX_VALUE:
                 found[name] = site.inference.model.weights.inline(tensor)
             continue
-        fact = site.inputs[slot]
-        items = integers(fact.value)
-        if items is not None and fact.value is not None:
-            found[name] = helper.make_tensor(name, fact.dtype, fact.value.shape, items)
+        array = array_of(site.inputs[slot])
+        if array is not None:
+            found[name] = numpy_helper.from_array(array, name)
     return found
 
 
@@ -99,19 +98,11 @@ def _type(fact: Fact, sizes: dict[str, Dim]) -> TypeProto:
 
 
 def _fact(site: Site, slot: int, kind: TypeProto, sizes: dict[str, Dim]) -> Fact:
-    if not kind.HasField("tensor_type"):
-        return UNKNOWN
-    tensor = kind.tensor_type
-    if not tensor.HasField("shape"):
-        return Fact(tensor.elem_type)
-    dims: list[Dim] = []
-    for axis, size in enumerate(tensor.shape.dim):
-        if size.HasField("dim_value") and size.dim_value >= 0:
-            dims.append(int(size.dim_value))
-        else:
-            known = sizes.get(size.dim_param)
-            dims.append(site.fresh(axis, slot) if known is None else known)
-    return Fact(tensor.elem_type, tuple(dims))
+    def size_of(axis: int, symbol: str) -> Dim:
+        known = sizes.get(symbol)
+        return site.fresh(axis, slot) if known is None else known
+
+    return of_type(kind, size_of)
 
 
 def _without_extents(site: Site) -> list[Fact]:

@@ -25,7 +25,15 @@ from onnxopt import attributes
 from onnxopt.graph import GraphView, constant_value
 from onnxopt.symbolic import dim, fallback
 from onnxopt.symbolic.dim import Atom, Dim
-from onnxopt.symbolic.fact import FOLLOWED, MAX_VALUE, UNKNOWN, Fact, numbers, objects
+from onnxopt.symbolic.fact import (
+    FOLLOWED,
+    MAX_VALUE,
+    UNKNOWN,
+    Fact,
+    numbers,
+    objects,
+    of_type,
+)
 from onnxopt.symbolic.rules import control
 from onnxopt.symbolic.rules.table import RULES
 from onnxopt.weights import Array, elements
@@ -179,21 +187,13 @@ class Inference:
         return control.body_input(site, names.index(name), view.proto.input)
 
     def _input(self, value: ValueInfoProto) -> Fact:
-        if not value.type.HasField("tensor_type"):
-            return UNKNOWN
-        tensor = value.type.tensor_type
-        if not tensor.HasField("shape"):
-            return Fact(tensor.elem_type)
-        dims: list[Dim] = []
-        for axis, size in enumerate(tensor.shape.dim):
-            if size.HasField("dim_value") and size.dim_value >= 0:
-                dims.append(int(size.dim_value))
-            elif _PLAIN.fullmatch(size.dim_param) and not self._is_shared(size.dim_param):
-                dims.append(dim.atom(size.dim_param))
-            else:
-                dims.append(dim.atom(_atom_name(f"{value.name}", axis)))
-            self._inputs.update(dim.atoms(dims[-1]))
-        return Fact(tensor.elem_type, tuple(dims))
+        def size_of(axis: int, symbol: str) -> Dim:
+            is_own = _PLAIN.fullmatch(symbol) and not self._is_shared(symbol)
+            made = dim.atom(symbol if is_own else _atom_name(value.name, axis))
+            self._inputs.update(dim.atoms(made))
+            return made
+
+        return of_type(value.type, size_of)
 
     def _is_shared(self, symbol: str) -> bool:
         """Whether dims of inputs share it: a promise that feeds may break."""
@@ -229,10 +229,7 @@ class Inference:
         if site.depth >= MAX_CALL_DEPTH:
             return []
         known = dict(zip(function.input, site.inputs, strict=False))
-        given = {item.name: item for item in site.node.attribute}
-        given |= {
-            item.name: item for item in function.attribute_proto if item.name not in given
-        }
+        given = attributes.of_call(function, site.node)
         arrays: dict[str, TensorProto] = {}
         for inner in function.node:
             node = attributes.bound(inner, given)

@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 from onnx import NodeProto, TensorProto
 
 from onnxopt import arithmetic, attributes
@@ -32,6 +31,7 @@ from onnxopt.graph import GraphView, constant_value
 from onnxopt.manager import Context, Pass
 from onnxopt.operators import RANDOM
 from onnxopt.report import Guarantee
+from onnxopt.symbolic.fact import array_of
 from onnxopt.weights import Array, payload_bytes, tensor_bytes
 
 _NEVER = RANDOM | {"DequantizeLinear", "QuantizeLinear"}
@@ -236,18 +236,7 @@ def _known_shape(graph: GraphView, node: NodeProto) -> Array | None:
     """What Shape (or Size) gives where inference knows all the dims that it takes."""
     if node.op_type not in ("Shape", "Size"):
         return None
-    shape = graph.shape(node.input[0])
-    if shape is None:
-        return None
-    if node.op_type == "Shape":
-        start, end = attributes.get(node, "start", 0), attributes.get(node, "end")
-        shape = shape[start:end]
-    if not all(isinstance(dim, int) for dim in shape):
-        return None
-    dims = np.array(shape, dtype=np.int64)
-    return (
-        dims if node.op_type == "Shape" else np.array(math.prod(dims.tolist()), np.int64)
-    )
+    return array_of(graph.fact(node.output[0]))
 
 
 def _constant_closure(

@@ -26,7 +26,7 @@ from onnx import NodeProto
 from onnxopt import attributes
 from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
-from onnxopt.linear import LAYERS, DeclinedError, Layer
+from onnxopt.linear import DeclinedError, Layer
 from onnxopt.manager import Context, Pass
 from onnxopt.report import Guarantee
 
@@ -96,13 +96,8 @@ def _folded_behind(graph: GraphView, gather: NodeProto) -> Edit | None:
 
 def _layer(graph: GraphView, node: NodeProto | None, between: str) -> Layer | None:
     """The layer that `node` is, of one group and with a weight of its own."""
-    if node is None or graph.op(node) not in LAYERS or graph.only_use(between) is None:
-        return None
-    try:
-        layer = Layer.of(graph, node)
-    except DeclinedError:
-        return None
-    return None if layer.is_shared or layer.groups != 1 else layer
+    layer = Layer.beside(graph, node, between)
+    return None if layer is None or layer.groups != 1 else layer
 
 
 def _is_axis(gather: NodeProto, axis: int | None, rank: int | None) -> bool:

@@ -17,12 +17,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-from onnx import NodeProto
 
 from onnxopt.affine import AFFINE, Affine
 from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
-from onnxopt.linear import LAYERS, DeclinedError, Floats, Layer, per_channel
+from onnxopt.linear import DeclinedError, Floats, Layer, per_channel
 from onnxopt.manager import Context, Pass
 from onnxopt.report import Guarantee
 
@@ -50,7 +49,7 @@ class FoldScale(Pass):
 
 def _folded_before(graph: GraphView, scale: Affine) -> Edit | None:
     """Into the layer whose output it reads."""
-    layer = _layer(graph, graph.producer(scale.value), scale.value)
+    layer = Layer.beside(graph, graph.producer(scale.value), scale.value)
     if layer is None or (layer.node.op_type == "MatMul" and not scale.is_scale):
         return None
     if scale.size not in (1, layer.outputs) or not _fits(layer, scale):
@@ -72,7 +71,7 @@ def _folded_behind(graph: GraphView, scale: Affine) -> Edit | None:
         return None
     if not scale.is_scale or scale.size != 1 or not scale.keeps_shape(graph):
         return None
-    layer = _layer(graph, use.node, scale.node.output[0])
+    layer = Layer.beside(graph, use.node, scale.node.output[0])
     if layer is None:
         return None
     factor, shift = scale.terms(graph)
@@ -81,17 +80,6 @@ def _folded_behind(graph: GraphView, scale: Affine) -> Edit | None:
     layer.scale(edit, float(factor.reshape(())))
     edit.bypass(scale.node, {scale.node.output[0]: scale.value})
     return edit
-
-
-def _layer(graph: GraphView, node: NodeProto | None, between: str) -> Layer | None:
-    """The layer that `node` is; None where it is another's, or shares its weight."""
-    if node is None or graph.op(node) not in LAYERS or graph.only_use(between) is None:
-        return None
-    try:
-        layer = Layer.of(graph, node)
-    except DeclinedError:
-        return None
-    return None if layer.is_shared else layer
 
 
 def _fits(layer: Layer, scale: Affine) -> bool:

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
-from onnx import NodeProto, helper
+from onnx import NodeProto
 
 from onnxopt import attributes
 from onnxopt.edit import Edit
@@ -30,7 +30,7 @@ from onnxopt.graph import GraphView
 from onnxopt.manager import Context, Pass
 from onnxopt.report import Guarantee
 from onnxopt.symbolic.dim import Dim
-from onnxopt.symbolic.fact import FOLLOWED, Dims, Fact, integers, is_symbolic
+from onnxopt.symbolic.fact import Dims, Fact, array_of, is_symbolic
 from onnxopt.weights import Array
 
 _SIZE_MAKERS = """Add And Cast Concat ConstantOfShape Div Equal Expand Gather Greater
@@ -110,10 +110,8 @@ def reshape_literal(
 def _share(graph: GraphView) -> None:
     """Numbers become constants; equal values are computed once."""
     firsts: dict[tuple[object, ...], str] = {}
-    for node in graph.nodes():
-        if not graph.holds(node) or graph.op(node) not in _MAKES_SIZES:
-            continue
-        if attributes.has_references(node):
+    for node in graph.nodes(_MAKES_SIZES):
+        if not graph.holds(node) or attributes.has_references(node):
             continue
         for name in filter(None, node.output):
             fact = graph.fact(name)
@@ -139,14 +137,11 @@ def _key(fact: Fact) -> tuple[object, ...]:
 
 
 def _fold_number(graph: GraphView, node: NodeProto, name: str, fact: Fact) -> bool:
-    items = integers(fact.value)
-    if items is None or len(node.output) != 1 or fact.dtype not in FOLLOWED:
+    value = array_of(fact)
+    if value is None or len(node.output) != 1:
         return False
     if graph.is_output(name) and graph.model.proto.ir_version < 4:
         return False
-    assert fact.value is not None
-    dtype = helper.tensor_dtype_to_np_dtype(fact.dtype)
-    value: Array = np.array(items, dtype=dtype).reshape(fact.value.shape)
     edit = Edit(graph, node, max_growth=256)
     edit.erase(node)
     edit.add_weight(value, name, name=name)

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 import onnx
-from onnx import AttributeProto, FunctionProto, NodeProto
+from onnx import FunctionProto, NodeProto
 
 from onnxopt import attributes
 from onnxopt.edit import Edit
@@ -75,7 +75,7 @@ def _inline(
         return "it would hand on an input that is left out"
     outputs = [*node.output, *[""] * (len(function.output) - len(node.output))]
     content = inliner.content(
-        graph, node, body, given, outputs, _settings(function, node), node.name
+        graph, node, body, given, outputs, attributes.of_call(function, node), node.name
     )
     edit = Edit(graph, node)
     for domain, version in imports.items():
@@ -86,16 +86,6 @@ def _inline(
     if graph.apply(edit, f"inlined {function.name}"):
         inliner.forget(graph, node)
     return None
-
-
-def _settings(
-    function: FunctionProto, node: NodeProto
-) -> dict[str, AttributeProto | None]:
-    """What the attributes of the function are for this call; None: not set."""
-    settings: dict[str, AttributeProto | None] = dict.fromkeys(function.attribute)
-    settings.update({item.name: item for item in function.attribute_proto})
-    settings.update({item.name: item for item in node.attribute})
-    return settings
 
 
 def _imports(graph: GraphView, body: GraphView) -> tuple[dict[str, int], str | None]:

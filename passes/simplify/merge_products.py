@@ -17,7 +17,6 @@ way.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -46,7 +45,6 @@ class _Product(NamedTuple):
         return str((self.add or self.node).output[0])
 
 
-@dataclass(frozen=True)
 class MergeProducts(Pass):
     """Multiply once what is multiplied by several constant matrices (Q, K and V)."""
 

@@ -23,7 +23,7 @@ from typing import ClassVar
 import numpy as np
 from onnx import NodeProto, TensorProto
 
-from onnxopt import attributes
+from onnxopt import attributes, axes
 from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
 from onnxopt.manager import Context, Pass
@@ -124,8 +124,8 @@ def _neutral(value: int, *, either: bool) -> Rule:
             return None  # older ones broadcast by attribute
         for slot in (1, 0) if either else (1,):
             other = node.input[1 - slot]
-            if _is_all(graph, node.input[slot], value) and _is_broadcast_to(
-                graph, node.input[slot], other
+            if _is_all(graph, node.input[slot], value) and axes.leaves_shape(
+                graph.shape(node.input[slot]), graph.shape(other)
             ):
                 return str(other)
         return None
@@ -153,17 +153,6 @@ def _is_all(graph: GraphView, name: str, value: int) -> bool:
     if array is None or array.nbytes > MAX_SCAN or array.dtype == object:
         return False
     return array.size > 0 and bool(np.all(array == np.asarray(value).astype(array.dtype)))
-
-
-def _is_broadcast_to(graph: GraphView, name: str, other: str) -> bool:
-    """Whether combining with constant `name` leaves the shape of `other` as it is."""
-    dims, shape = graph.shape(name), graph.shape(other)
-    if dims == ():
-        return True
-    if dims is None or shape is None or len(dims) > len(shape):
-        return False
-    aligned = shape[len(shape) - len(dims) :]
-    return all(dim in (1, size) for dim, size in zip(dims, aligned, strict=True))
 
 
 _RULES: dict[str, Rule] = {

@@ -124,7 +124,7 @@ def _stays(graph: GraphView, first: NodeProto, axis: int) -> bool:
     before, after = graph.shape(first.input[0]), graph.shape(first.output[0])
     if before is None or after is None or axis >= min(len(before), len(after)):
         return False
-    return axes.same_dim(graph, before[axis], after[axis])
+    return before[axis] == after[axis]
 
 
 def _target(graph: GraphView, node: NodeProto) -> list[int] | None:

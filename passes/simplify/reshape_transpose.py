@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 from onnx import NodeProto
@@ -28,7 +27,6 @@ from onnxopt.report import Guarantee
 from onnxopt.symbolic.dim import Dim, product
 
 
-@dataclass(frozen=True)
 class ReshapeTranspose(Pass):
     """Let Reshape, Transpose, Reshape be one Transpose where they only move axes."""
 

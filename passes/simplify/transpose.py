@@ -77,4 +77,4 @@ def _perm(graph: GraphView, node: NodeProto) -> axes.Perm | None:
     source, target = graph.shape(node.input[0]), graph.shape(node.output[0])
     if source is None or target is None:
         return None
-    return axes.perm_between(graph, source, target)
+    return axes.perm_between(source, target)

@@ -10,6 +10,7 @@ import numpy as np
 from onnx import TensorProto, numpy_helper
 
 from onnxopt import arithmetic, attributes
+from onnxopt.slices import END
 from onnxopt.symbolic import dim
 from onnxopt.symbolic.dim import Dim
 from onnxopt.symbolic.fact import (
@@ -31,8 +32,6 @@ from onnxopt.symbolic.rules.elementwise import (
     is_at_least,
     is_positive,
 )
-
-_INT32_MAX = 2**31 - 1
 
 
 def axis_of(call: Call, name: str, default: int, rank: int) -> int:
@@ -370,7 +369,7 @@ def _sliced(
         return None
     if isinstance(size, int) and isinstance(start, int) and isinstance(end, int):
         # as the end of a step backwards, the largest integer means different things
-        if step < 0 and end >= _INT32_MAX:
+        if step < 0 and end >= END:
             return None
         return _count(size, start, end, step)
     if step != 1:
@@ -393,7 +392,7 @@ def _count(size: int, start: int, end: int, step: int) -> int:
 def _clamped(place: Dim, size: Dim) -> Dim | None:
     """A start or end (of a forward step) as an index from 0 to `size`."""
     if isinstance(place, int):
-        if place >= _INT32_MAX:
+        if place >= END:
             return size
         if place < 0:  # from the end, where that is long enough
             inside = dim.add(size, place)
