@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 OnFailure = Literal["raise", "return", "rollback"]
 MAX_WRONG = 8
 """So many wrong edits are rolled back one by one."""
+_CANDIDATE = "candidate.onnx"
 
 
 @dataclass
@@ -61,13 +62,32 @@ class Result:
     result.
     """
 
-    report: Report
+    _report: Report
     base_dir: Path | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     _model: Model | None = None
     _as_graph: bool = False
     _folder: tempfile.TemporaryDirectory[str] | None = None
     _proto: ModelProto | None = None
+    _is_hashed: bool = True
+
+    @property
+    def report(self) -> Report:
+        """What changed, what was skipped and why, and the verdict.
+
+        Of a result that was not validated the digests are made on the first access,
+        which reads the input and the weights; raises UsageError where these files have
+        changed since.
+        """
+        if not self._is_hashed and self._model is not None:
+            source, output = self._report.source, self._report.output
+            assert output is not None
+            made = measure(self._model, Path(_CANDIDATE)).digest
+            first = facts.digest_of_source(self._model)
+            self._report.source = msgspec.structs.replace(source, sha256=first)
+            self._report.output = msgspec.structs.replace(output, sha256=made)
+            self._is_hashed = True
+        return self._report
 
     @property
     def model(self) -> Any:
@@ -90,9 +110,7 @@ class Result:
         Raises UsageError where it cannot be written.
         """
         assert self._model is not None
-        target = Path(path)
-        known = self.report.output.sha256 if self.report.output is not None else None
-        with stage(self._model, target, known) as staged:
+        with stage(self._model, Path(path), hashes=False) as staged:
             staged.keep = self._model.weights.data_files()
             staged.commit()
 
@@ -174,7 +192,7 @@ def validate(
         feeds = _feeds(first, data, chosen)
         paths = (
             _on_disk(first, reference, Path(folder) / "reference.onnx", base),
-            _on_disk(second, candidate, Path(folder) / "candidate.onnx", base),
+            _on_disk(second, candidate, Path(folder) / _CANDIDATE, base),
         )
         verdict = _judge(paths, feeds, chosen)
     problem = interface.difference(interface.of(first.proto), interface.of(second.proto))
@@ -253,15 +271,28 @@ class Job:
             report = Report(
                 recipe=self.recipe,
                 target=self.target.name,
-                source=facts.of_file(original, reference),
+                source=facts.of_file(
+                    original, reference, hashes=self._is_looked_at(output)
+                ),
             )
-            target = output or folder / "candidate.onnx"
-            with _carrying(report):
+            target = output or folder / _CANDIDATE
+            with _carrying(report, original):
                 feeds = self._feeds(original)
                 ends = interface.of(original.proto)
                 yield Attempts(
                     self, report, reference, target, keep, feeds, ends, original
                 )
+
+    def _is_looked_at(self, output: Path | None) -> bool:
+        """Whether the run itself needs the file of the result, or its digests."""
+        is_path = isinstance(self.source, str | os.PathLike)
+        return (
+            output is not None
+            or not is_path
+            or self.options.get("base_dir") is not None
+            or self.options.get("validate", True)
+            or self.target.name != "onnx"
+        )
 
     def _feeds(self, original: Model) -> Feeds | None:
         judged = self.options.get("validate", True)
@@ -342,15 +373,21 @@ class Attempts:
             staged.discard()
             raise
         as_graph = not isinstance(self.job.source, str | os.PathLike | ModelProto)
-        return (
-            Result(report, seconds=manager.seconds, _model=model, _as_graph=as_graph),
-            staged,
+        result = Result(
+            report,
+            seconds=manager.seconds,
+            _model=model,
+            _as_graph=as_graph,
+            _is_hashed=report.source.sha256 != facts.NOT_HASHED,
         )
+        return result, staged
 
     def _measured(self, model: Model) -> Staged | None:
         """A result that nobody looks at is only measured; `Result.save` writes it."""
-        is_read = self.is_kept or self.feeds is not None or self.job.target.name != "onnx"
-        return None if is_read else measure(model, self.target)
+        if self.is_kept or self.feeds is not None or self.job.target.name != "onnx":
+            return None
+        hashes = self.report.source.sha256 != facts.NOT_HASHED
+        return measure(model, self.target, hashes=hashes)
 
     def _judged(
         self, path: Path, passes: Sequence[PassReport], times: list[ProviderTime] | None
@@ -482,7 +519,7 @@ class Attempts:
 
 
 @contextlib.contextmanager
-def _carrying(report: Report) -> Iterator[None]:
+def _carrying(report: Report, original: Model) -> Iterator[None]:
     """Let an error carry the report, which says what could not be judged and why."""
     try:
         yield
@@ -491,6 +528,10 @@ def _carrying(report: Report) -> Iterator[None]:
         error.report = error.report or report
         raise
     except OnnxoptError as error:
+        if report.source.sha256 == facts.NOT_HASHED:
+            with contextlib.suppress(UsageError):  # the file has changed: no digest
+                digest = facts.digest_of_source(original)
+                report.source = msgspec.structs.replace(report.source, sha256=digest)
         if isinstance(error, ProviderError | WorkerError) and report.validation is None:
             report.validation = Validation("not_run", str(error), "", 0, [], [], [])
         error.report = error.report or report

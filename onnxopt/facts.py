@@ -1,7 +1,12 @@
-"""Measured facts of one model file for the report: digests, sizes, counts."""
+"""Measured facts of one model file for the report: digests, sizes, counts.
+
+Hashing takes as long as all else for a model of few nodes and many weights, so the
+digests of a result that nobody judges are made when somebody asks for the report.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterable
@@ -15,13 +20,19 @@ from onnxopt.save import Staged
 from onnxopt.weights import pieces
 
 
-def of_file(model: Model, path: Path) -> Side:
+NOT_HASHED = Digest("", None)
+
+
+def of_file(model: Model, path: Path, *, hashes: bool = True) -> Side:
     """The facts of the file at `path`, which holds `model`.
 
-    The digest of external data is over its files in the order of their locations.
+    The digest of external data is over its files in the order of their locations;
+    unless it `hashes` there is none.
     """
     data = model.weights.data_files()
-    digest = Digest(_sha256([path]), _sha256(data) if data else None)
+    digest = NOT_HASHED
+    if hashes:
+        digest = Digest(_sha256([path]), _sha256(data) if data else None)
     size = Pair(os.path.getsize(path), sum(os.path.getsize(file) for file in data))
     return _side(model, digest, size)
 
@@ -29,6 +40,18 @@ def of_file(model: Model, path: Path) -> Side:
 def of_staged(model: Model, staged: Staged) -> Side:
     """The facts of a file that was just written, whose bytes were hashed on the way."""
     return _side(model, staged.digest, staged.bytes)
+
+
+def digest_of_source(model: Model) -> Digest:
+    """The digest of the file that `model` was opened from, and of its external data.
+
+    Read from the files that are still open, whatever lies at their paths by now. Raises
+    UsageError where one has changed.
+    """
+    files = model.weights.open_files()
+    made = Digest(_digest(files[:1]), _digest(files[1:]) if files[1:] else None)
+    model.weights.check_unchanged()
+    return made
 
 
 def _side(model: Model, digest: Digest, size: Pair) -> Side:
@@ -45,12 +68,20 @@ def _side(model: Model, digest: Digest, size: Pair) -> Side:
 
 
 def _sha256(paths: Iterable[Path]) -> str:
+    with contextlib.ExitStack() as stack:
+        files = []
+        for path in paths:
+            try:
+                files.append(stack.enter_context(open(path, "rb", buffering=0)).fileno())
+            except OSError as error:
+                raise UsageError(f"cannot read {path}: {error.strerror}") from None
+        return _digest(files)
+
+
+def _digest(files: Iterable[int]) -> str:
+    """Over the contents of open files, one after the other."""
     digest = hashlib.sha256()
-    for path in paths:
-        try:
-            with open(path, "rb", buffering=0) as file:
-                for piece in pieces(file.fileno(), 0, os.path.getsize(path)):
-                    digest.update(piece)
-        except OSError as error:
-            raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    for file in files:
+        for piece in pieces(file, 0, os.fstat(file).st_size):
+            digest.update(piece)
     return digest.hexdigest()

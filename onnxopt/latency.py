@@ -398,7 +398,7 @@ class _Opened:
             path = Path(source)
         else:
             path = folder / f"model_{index}.onnx"
-            stage(model, path).commit()
+            stage(model, path, hashes=False).commit()
         model.weights.close()
         return cls(name, path, model.proto)
 

@@ -101,10 +101,10 @@ class Staged:
         self.discard()
 
 
-def stage(model: Model, target: Path, known: Digest | None = None) -> Staged:
+def stage(model: Model, target: Path, *, hashes: bool = True) -> Staged:
     """Write `model` beside `target`, ready to be judged and committed.
 
-    `known`: the digests of the same model, where they were measured before.
+    Unless it `hashes` there is a digest of external data only, which names its file.
     Raises UsageError where the folder cannot be written or the disk is full.
     """
     files.check_target(target)
@@ -118,8 +118,8 @@ def stage(model: Model, target: Path, known: Digest | None = None) -> Staged:
         shell.CopyFrom(model.proto)
         moved = _moved_outside(shell, model)
         if moved:
-            _write_data(staged, moved, model.weights, known.data if known else None)
-        _write_model(staged, shell, model.weights, hashes=known is None)
+            _write_data(staged, moved, model.weights)
+        _write_model(staged, shell, model.weights, hashes=hashes)
         model.weights.check_unchanged()
     except OSError as error:
         staged.discard()
@@ -130,20 +130,23 @@ def stage(model: Model, target: Path, known: Digest | None = None) -> Staged:
     return staged
 
 
-def measure(model: Model, target: Path) -> Staged:
-    """What `stage` would write for `target`, measured and not written."""
+def measure(model: Model, target: Path, *, hashes: bool = True) -> Staged:
+    """What `stage` would write for `target`, measured and not written.
+
+    Unless it `hashes` there are no digests, and no weight is read.
+    """
     model.settle()
     shell = ModelProto()
     shell.CopyFrom(model.proto)
     staged = Staged(target)
     moved = _moved_outside(shell, model)
     if moved:
-        sink = _Sink(None)
+        sink = _Sink(None, hashes=hashes)
         _name_data(staged, sink, moved, _lay_out(sink, moved, model.weights))
-    sink = _Sink(None)
+    sink = _Sink(None, hashes=hashes)
     data = shell.SerializeToString(deterministic=True)
     _write_filled(sink, data, model.weights)
-    staged.digest = Digest(sink.digest.hexdigest(), staged.digest.data)
+    staged.digest = Digest(sink.hexdigest(), staged.digest.data)
     staged.bytes = Pair(sink.size, staged.bytes.data)
     return staged
 
@@ -199,19 +202,16 @@ def _is_source(tensor: TensorProto) -> bool:
 
 
 def _write_data(
-    staged: Staged,
-    moved: list[TensorProto],
-    weights: WeightStore,
-    known: str | None = None,
+    staged: Staged, moved: list[TensorProto], weights: WeightStore
 ) -> None:
-    """Write the data file, and let the tensors name it; `known`: its digest."""
+    """Write the data file, and let the tensors name it."""
     temporary = files.beside(staged.target)
     try:
         with _create(temporary) as file:
-            sink = _Sink(file, hashes=known is None)
+            sink = _Sink(file)
             spots = _lay_out(sink, moved, weights)
             _sync(file)
-            name = _name_data(staged, sink, moved, spots, known)
+            name = _name_data(staged, sink, moved, spots)
             staged.claim(files.Claim(file, temporary, staged.target.with_name(name)))
     finally:
         temporary.unlink(missing_ok=True)
@@ -242,11 +242,10 @@ def _name_data(
     sink: _Sink,
     moved: list[TensorProto],
     spots: list[tuple[int, int]],
-    known: str | None = None,
 ) -> str:
     """Let the tensors name the data file, which is called by its digest."""
-    digest = known or sink.digest.hexdigest()
-    name = f"{staged.target.stem}-{digest[:12]}.data"
+    digest = sink.hexdigest()
+    name = f"{staged.target.stem}-{digest[:12]:0<12}.data"
     for tensor, (offset, length) in zip(moved, spots, strict=True):
         for field in TYPED_FIELDS:
             tensor.ClearField(field)
@@ -316,7 +315,7 @@ def _write_model(
         sink = _Sink(file, hashes=hashes)
         _write_filled(sink, data, weights)
         _sync(file)
-    staged.digest = Digest(sink.digest.hexdigest(), staged.digest.data)
+    staged.digest = Digest(sink.hexdigest(), staged.digest.data)
     staged.bytes = Pair(sink.size, staged.bytes.data)
 
 
@@ -343,7 +342,7 @@ def _write_all(file: int, data: memoryview) -> None:
 class _Sink:
     """A file that is written from start to end, and hashed on the way.
 
-    Without a file it only measures; unless it `hashes` the digest is of nothing.
+    Without a file it only measures; unless it `hashes` there is no digest.
     """
 
     def __init__(self, file: BinaryIO | None, *, hashes: bool = True) -> None:
@@ -351,6 +350,10 @@ class _Sink:
         self.hashes = hashes
         self.digest = hashlib.sha256()
         self.size = 0
+
+    def hexdigest(self) -> str:
+        """sha256 of what was written so far; empty where it does not hash."""
+        return self.digest.hexdigest() if self.hashes else ""
 
     def write(self, chunk: bytes | memoryview) -> None:
         """Append bytes."""
@@ -361,6 +364,9 @@ class _Sink:
     def copy(self, tensor: TensorProto, weights: WeightStore) -> None:
         """Append a payload, through one small buffer where it lies in a file."""
         length = tensor_bytes(tensor)
+        if self.file is None and not self.hashes:
+            self.size += length
+            return
         spot = weights.spot(tensor) if length >= wire.MIN_PAYLOAD else None
         if spot is None:
             for chunk in weights.chunks(tensor):

@@ -236,6 +236,11 @@ class WeightStore:
         names = sorted(name for name in self._sources if not name.startswith("\0"))
         return [self.base_dir / name for name in names]
 
+    def open_files(self) -> list[int]:
+        """Descriptors of the file that was opened, then of its data files by name."""
+        data = sorted(name for name in self._sources if not name.startswith("\0"))
+        return [self._sources[name].file.fileno() for name in (SOURCE, *data)]
+
     def close(self) -> None:
         """Close every file; payloads outside the proto can no longer be read."""
         self._finalizer()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -229,3 +231,41 @@ def test_the_interface_is_part_of_the_verdict(change: str) -> None:
     verdict = onnxopt.validate(model, other)
     assert verdict.status == "failed"
     assert verdict.reason
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_digests_of_what_nobody_judged_are_those_of_the_files(
+    model: ModelProto, tmp_path: Path
+) -> None:
+    path = tmp_path / "m.onnx"
+    onnx.save(model, path)
+    before = sha256(path)
+    result = onnxopt.simplify(path, validate=False)
+    result.save(path)  # over the input, which is still open
+    assert result.report.source.sha256.model == before
+    assert result.report.output is not None
+    assert result.report.output.sha256.model == sha256(path) != before
+
+
+def test_external_data_is_in_the_digests(model: ModelProto, tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    weight = numpy_helper.from_array(np.arange(3, dtype=np.float32), "w")
+    model.graph.initializer[0].CopyFrom(weight)
+    options: Any = {"all_tensors_to_one_file": True, "location": "w", "size_threshold": 0}
+    onnx.save_model(model, path, save_as_external_data=True, **options)
+    lazy = onnxopt.simplify(path, validate=False).report
+    eager = onnxopt.simplify(path).report
+    assert lazy.source.sha256.data == sha256(tmp_path / "w")
+    assert (lazy.source, lazy.output) == (eager.source, eager.output)
+
+
+def test_no_digest_of_a_file_that_has_changed(model: ModelProto, tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    onnx.save(model, path)
+    result = onnxopt.simplify(path, validate=False)
+    os.truncate(path, 10)
+    with pytest.raises(onnxopt.UsageError, match="changed"):
+        _ = result.report
