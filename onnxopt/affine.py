@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto, helper
@@ -20,8 +20,7 @@ MAX_BYTES = 1 << 20
 """Larger constants are data and not factors."""
 
 
-@dataclass(frozen=True)
-class Affine:
+class Affine(msgspec.Struct, frozen=True):
     """A node that combines a value with a constant of floats."""
 
     node: NodeProto

@@ -10,7 +10,6 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, cast
 
@@ -54,8 +53,7 @@ MAX_WRONG = 8
 _CANDIDATE = "candidate.onnx"
 
 
-@dataclass
-class Result:
+class Result(msgspec.Struct):
     """A transformed model and its report.
 
     Where `base_dir` is set, the weights lie in files there, which live as long as the
@@ -64,7 +62,7 @@ class Result:
 
     _report: Report
     base_dir: Path | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = msgspec.field(default_factory=dict)
     _model: Model | None = None
     _as_graph: bool = False
     _folder: tempfile.TemporaryDirectory[str] | None = None
@@ -199,8 +197,7 @@ def validate(
     return verdict if problem is None else _as_failed(verdict, problem)
 
 
-@dataclass
-class Job:
+class Job(msgspec.Struct):
     """One run of a pipeline, ready to go."""
 
     source: Source
@@ -310,8 +307,7 @@ class Job:
         report.notes.append(f"not proven: {validation.reason}")
 
 
-@dataclass
-class Attempts:
+class Attempts(msgspec.Struct):
     """The runs of one job: the first one, and those that look for a wrong edit.
 
     `history`: the edits of the last one; `times`: what its verdict measured, where
@@ -329,8 +325,8 @@ class Attempts:
     feeds: Feeds | None
     ends: interface.Interface
     opened: Model | None
-    history: list[Edited] = field(default_factory=list)
-    times: list[ProviderTime] = field(default_factory=list)
+    history: list[Edited] = msgspec.field(default_factory=list)
+    times: list[ProviderTime] = msgspec.field(default_factory=list)
     forbidden: frozenset[Edited] = frozenset()
     tolerant: bool = False
     is_kept: bool = False

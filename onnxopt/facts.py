@@ -19,7 +19,6 @@ from onnxopt.report import Digest, Pair, Side
 from onnxopt.save import Staged
 from onnxopt.weights import pieces
 
-
 NOT_HASHED = Digest("", None)
 
 

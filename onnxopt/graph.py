@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, MutableSequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 from onnx import (
     AttributeProto,
     FunctionProto,
@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 Shape = tuple[int | str | None, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Use:
+class Use(msgspec.Struct, frozen=True, eq=False):
     """Input slot `index` of `node`, which stands in `view` (an inner scope captures)."""
 
     node: NodeProto

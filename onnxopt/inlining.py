@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
+import msgspec
 from onnx import (
     AttributeProto,
     FunctionProto,
@@ -28,17 +28,16 @@ from onnxopt.graph import GraphView
 Names = Mapping[str, str]
 
 
-@dataclass
-class Content:
+class Content(msgspec.Struct):
     """What a scope holds, under the names of the scope that it is for."""
 
-    values: list[str] = field(default_factory=list)
+    values: list[str] = msgspec.field(default_factory=list)
     """What the outputs of the scope it came from are called now."""
-    nodes: list[NodeProto] = field(default_factory=list)
-    weights: list[TensorProto] = field(default_factory=list)
-    sparse: list[SparseTensorProto] = field(default_factory=list)
-    value_info: list[ValueInfoProto] = field(default_factory=list)
-    annotations: list[TensorAnnotation] = field(default_factory=list)
+    nodes: list[NodeProto] = msgspec.field(default_factory=list)
+    weights: list[TensorProto] = msgspec.field(default_factory=list)
+    sparse: list[SparseTensorProto] = msgspec.field(default_factory=list)
+    value_info: list[ValueInfoProto] = msgspec.field(default_factory=list)
+    annotations: list[TensorAnnotation] = msgspec.field(default_factory=list)
 
 
 class Inliner:

@@ -8,9 +8,9 @@ which layout its outputs come then.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 from onnx import NodeProto
 
@@ -20,8 +20,7 @@ from onnxopt.graph import GraphView
 from onnxopt.weights import Array
 
 
-@dataclass(frozen=True)
-class Moved:
+class Moved(msgspec.Struct, frozen=True):
     """A node that works on another layout."""
 
     data: tuple[int, ...]
@@ -30,8 +29,8 @@ class Moved:
     """The layout of the outputs."""
     broadcasts: bool = False
     """Whether the data slots are broadcast to one another."""
-    attrs: dict[str, Any] = field(default_factory=dict)
-    constants: dict[int, Array] = field(default_factory=dict)
+    attrs: dict[str, Any] = msgspec.field(default_factory=dict)
+    constants: dict[int, Array] = msgspec.field(default_factory=dict)
     """New constants for these input slots."""
 
 

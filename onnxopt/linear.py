@@ -8,10 +8,10 @@ change; then they are computed in float64 and rounded once to the weight's type.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto, TensorProto
@@ -51,8 +51,7 @@ def floats(graph: GraphView, name: str) -> Floats:
     return graph.model.weights.array(constant(graph, name)).astype(np.float64)
 
 
-@dataclass(frozen=True)
-class _Layout:
+class _Layout(msgspec.Struct, frozen=True):
     """The weight as [group, ...]: which axes of that are output and input channels."""
 
     shape: tuple[int, ...]
@@ -60,8 +59,7 @@ class _Layout:
     inputs: int
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(msgspec.Struct, frozen=True):
     """A linear operator whose weight is a constant."""
 
     graph: GraphView

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import ClassVar
+
+import msgspec
 
 from onnxopt import verifier
 from onnxopt.errors import OnnxoptError, PassError
@@ -21,20 +22,17 @@ log = logging.getLogger("onnxopt.manager")
 MAX_ROUNDS = 12
 
 
-@dataclass
-class Context:
+class Context(msgspec.Struct):
     """What a pass may ask besides the graph."""
 
     target: Target = TARGETS["onnx"]
-    evaluator: Evaluator = field(default_factory=Evaluator)
+    evaluator: Evaluator = msgspec.field(default_factory=Evaluator)
 
 
-@dataclass(frozen=True)
-class Pass:
-    """One rewrite. Its dataclass fields are its parameters in recipes and pipelines.
+class Pass(msgspec.Struct):
+    """One rewrite. Its fields are its parameters in recipes and pipelines.
 
-    Without any, a pass needs no decorator. `guarantee` is what it promises: `bitwise`,
-    `equivalent` or `lossy`.
+    `guarantee` is what it promises: `bitwise`, `equivalent` or `lossy`.
     """
 
     name: ClassVar[str]

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
 from itertools import permutations
 
+import msgspec
 import numpy as np
 from onnx import NodeProto
 
@@ -42,71 +42,54 @@ Check = Callable[[GraphView, NodeProto, "Match"], str | None]
 """What else an operator must satisfy: None, or the reason why it does not."""
 
 
-@dataclass(frozen=True, eq=False)
-class Value:
+class Value(msgspec.Struct, frozen=True, eq=False):
     """Any value, the same wherever this name stands."""
 
     name: str
 
 
-@dataclass(frozen=True, eq=False)
-class Constant:
+class Constant(msgspec.Struct, frozen=True, eq=False):
     """A constant of one element: near `number`, or any, kept as `name`."""
 
     number: float | None = None
     name: str = ""
 
 
-@dataclass(frozen=True, eq=False, init=False)
 class Op:
     """The first output of a standard operator, whose first inputs are `operands`."""
-
-    op_type: str
-    operands: tuple[Pattern, ...]
-    check: Check | None
-    name: str
 
     def __init__(
         self, op_type: str, *operands: Pattern, check: Check | None = None, name: str = ""
     ) -> None:
-        object.__setattr__(self, "op_type", op_type)
-        object.__setattr__(self, "operands", operands)
-        object.__setattr__(self, "check", check)
-        object.__setattr__(self, "name", name)
+        self.op_type = op_type
+        self.operands = operands
+        self.check = check
+        self.name = name
 
 
-@dataclass(frozen=True, eq=False, init=False)
 class Product:
     """A product of `factors` and constants that make `number`, in any association.
 
     A division by a constant counts as a factor.
     """
 
-    number: float | None
-    factors: tuple[Pattern, ...]
-    name: str
-
     def __init__(self, number: float | None, *factors: Pattern, name: str = "") -> None:
-        object.__setattr__(self, "number", number)
-        object.__setattr__(self, "factors", factors)
-        object.__setattr__(self, "name", name)
+        self.number = number
+        self.factors = factors
+        self.name = name
 
 
-@dataclass(frozen=True, eq=False, init=False)
 class Either:
     """The first of several patterns that fits."""
 
-    options: tuple[Pattern, ...]
-
     def __init__(self, *options: Pattern) -> None:
-        object.__setattr__(self, "options", options)
+        self.options = options
 
 
 Pattern = Value | Constant | Op | Product | Either
 
 
-@dataclass(frozen=True)
-class Failure:
+class Failure(msgspec.Struct, frozen=True):
     """Where a comparison stopped: after how many operators, at which value, and why."""
 
     depth: int

@@ -13,7 +13,6 @@ names it.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -81,24 +80,19 @@ def _find(name: str) -> type[Pass]:
 def make_pass(name: str, parameters: Mapping[str, Any] | None = None) -> Pass:
     """The pass `name` with its parameters; raises UsageError naming what is wrong."""
     kind, values = _find(name), dict(parameters or {})
-    known = {item.name for item in dataclasses.fields(kind)}
+    known = kind.__struct_fields__
     for key in values:
         if key not in known:
             raise UsageError(
                 f"pass {name!r} has no parameter {key!r}"
                 + (f"; it has {', '.join(sorted(known))}" if known else "")
             )
-    if not values and not any(_is_required(item) for item in dataclasses.fields(kind)):
+    if not values and len(known) == len(kind.__struct_defaults__):
         return kind()
     try:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
         raise UsageError(f"pass {name!r}: {error}") from None
-
-
-def _is_required(item: dataclasses.Field[Any]) -> bool:
-    missing = dataclasses.MISSING
-    return item.default is missing and item.default_factory is missing
 
 
 def parse_pipeline(text: str) -> list[Pass]:

@@ -201,9 +201,7 @@ def _is_source(tensor: TensorProto) -> bool:
     return where is not None and where.location == SOURCE
 
 
-def _write_data(
-    staged: Staged, moved: list[TensorProto], weights: WeightStore
-) -> None:
+def _write_data(staged: Staged, moved: list[TensorProto], weights: WeightStore) -> None:
     """Write the data file, and let the tensors name it."""
     temporary = files.beside(staged.target)
     try:

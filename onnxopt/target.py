@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+
+import msgspec
 
 from onnxopt.errors import UsageError
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(msgspec.Struct, frozen=True):
     """What a deployment runtime runs well.
 
     `domains` are those that a pass may emit beyond the model's own; `activation` and

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -66,7 +65,6 @@ def convs(graph: GraphView) -> list[onnx.NodeProto]:
     return [node for node in graph.nodes() if node.op_type == "Conv"]
 
 
-@dataclass(frozen=True)
 class Rename(Pass):
     """Right edits: weights written anew, as they were."""
 
@@ -83,7 +81,6 @@ class Rename(Pass):
                 graph.apply(edit, "the same weights")
 
 
-@dataclass(frozen=True)
 class Spoil(Pass):
     """Some of these edits are wrong: the weights of `layers` are scaled by `factor`."""
 
@@ -254,7 +251,6 @@ def test_a_model_that_is_wrong_anyway_has_no_culprit(model: Path, tmp_path: Path
     assert found.edits == LAYERS
 
 
-@dataclass(frozen=True)
 class Endless(Pass):
     """The edit after which a run takes all memory there is."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -26,7 +25,6 @@ MODEL = model_of(
 )
 
 
-@dataclass(frozen=True)
 class Smaller(Pass):
     """Takes a little away whenever it is asked."""
 
@@ -41,7 +39,6 @@ class Smaller(Pass):
         graph.apply(edit, "a tenth off")
 
 
-@dataclass(frozen=True)
 class Breaking(Pass):
     """Changes the protobuf behind the graph's back."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,7 +22,6 @@ from onnxopt.report import Guarantee
 from tests import support
 
 
-@dataclass(frozen=True)
 class Example(Pass):
     """A pass with parameters of several types, as a third party may have."""
 
@@ -280,7 +278,6 @@ def test_the_empty_pipeline_changes_nothing() -> None:
     )
 
 
-@dataclass(frozen=True)
 class Restless(Pass):
     """A pass that always finds something."""
 
@@ -297,7 +294,6 @@ class Restless(Pass):
             graph.apply(edit, "for ever")
 
 
-@dataclass(frozen=True)
 class Broken(Pass):
     """A pass with a bug."""
 

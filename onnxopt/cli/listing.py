@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -75,18 +74,17 @@ def _entry(name: str, kind: type[Pass]) -> Entry:
         name=name,
         guarantee=kind.guarantee,
         doc=doc[0] if doc else "",
-        parameters=[_parameter(item) for item in dataclasses.fields(kind)],
+        parameters=[_parameter(item) for item in msgspec.structs.fields(kind)],
     )
 
 
-def _parameter(item: dataclasses.Field[Any]) -> Parameter:
+def _parameter(item: msgspec.structs.FieldInfo) -> Parameter:
     default = item.default
-    if item.default_factory is not dataclasses.MISSING:
+    if item.default_factory is not msgspec.NODEFAULT:
         default = item.default_factory()
-    absent = default is dataclasses.MISSING
     return Parameter(
         name=item.name,
-        type=item.type if isinstance(item.type, str) else item.type.__name__,
-        default=None if absent else default,
-        required=absent,
+        type=getattr(item.type, "__name__", str(item.type)),
+        default=None if item.required else default,
+        required=item.required,
     )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto, TensorProto, TypeProto, helper
@@ -24,8 +24,7 @@ FOLLOWED = (TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL)
 """Types whose values are followed: sizes, indices, and comparisons of them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Fact:
+class Fact(msgspec.Struct, frozen=True):
     """Of one value: ONNX element type (0: unknown), dims (None: unknown rank), value.
 
     `value`, where there is one, has the rank and the sizes that `dims` says.

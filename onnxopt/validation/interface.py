@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
+import msgspec
 from onnx import ModelProto, ValueInfoProto
 
 Ends = tuple[ValueInfoProto, ...]
 
 
-@dataclass(frozen=True)
-class Interface:
+class Interface(msgspec.Struct, frozen=True):
     """Inputs that must be fed, inputs that have a default, and outputs."""
 
     inputs: Ends

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import ClassVar
 
 from onnx import NodeProto, TensorProto
@@ -53,7 +52,6 @@ MAX_VALUE_BYTES = 512 << 20
 """No value larger than this is computed, not even on the way to a smaller one."""
 
 
-@dataclass(frozen=True)
 class FoldConstants(Pass):
     """Compute what does not depend on the inputs, within `max_growth` bytes."""
 

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
+import msgspec
 import numpy as np
 from onnx import NodeProto, TensorProto
 
@@ -78,8 +78,7 @@ def _merge_signs(graph: GraphView, node: NodeProto) -> None:
 # ---- clamps ----
 
 
-@dataclass(frozen=True)
-class _Clamp:
+class _Clamp(msgspec.Struct, frozen=True):
     """min(max(value, low), high), with low <= high."""
 
     value: str

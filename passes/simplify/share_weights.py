@@ -19,7 +19,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import ClassVar
 
 from onnx import GraphProto, TensorProto
@@ -35,7 +34,6 @@ _SHAPE_TYPES = {TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL}
 _HEAD = 4096
 
 
-@dataclass(frozen=True)
 class ShareWeights(Pass):
     """Let equal constants be one."""
 

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
+import msgspec
 import numpy as np
 from onnx import NodeProto
 
@@ -68,13 +68,12 @@ class _Member(NamedTuple):
     perm: Perm
 
 
-@dataclass
-class _Region:
+class _Region(msgspec.Struct):
     """Nodes that could work on another layout, and the Transposes that lead into them."""
 
     graph: GraphView
-    nodes: dict[int, _Member] = field(default_factory=dict)
-    layout: dict[str, Perm] = field(default_factory=dict)
+    nodes: dict[int, _Member] = msgspec.field(default_factory=dict)
+    layout: dict[str, Perm] = msgspec.field(default_factory=dict)
     """The layout of the values that the nodes make, and of the Transposes' outputs."""
 
     # ---- growing ----
@@ -355,14 +354,13 @@ def _join(
             edit.set_attribute(node, "perm", list(perm))
 
 
-@dataclass
-class _Feeds:
+class _Feeds(msgspec.Struct):
     """What the nodes of a region read in place of what they read now."""
 
     region: _Region
     edit: Edit
     sources: dict[str, str]
-    made: dict[tuple[str, Perm], str] = field(default_factory=dict)
+    made: dict[tuple[str, Perm], str] = msgspec.field(default_factory=dict)
 
     def get(self, name: str, perm: Perm, moved: Moved) -> str:
         """The name of `name` in the layout `perm`."""

@@ -17,9 +17,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
+import msgspec
 import numpy as np
 from onnx import NodeProto
 
@@ -35,7 +35,6 @@ from onnxopt.report import Guarantee
 _MAX_GROWTH = 1024
 
 
-@dataclass(frozen=True)
 class UnrollLoop(Pass):
     """Replace a Loop of few rounds by the rounds."""
 
@@ -70,8 +69,7 @@ class UnrollLoop(Pass):
             inliner.forget(graph, node)
 
 
-@dataclass(frozen=True)
-class _Loop:
+class _Loop(msgspec.Struct, frozen=True):
     graph: GraphView
     node: NodeProto
     body: GraphView

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 from weakref import WeakKeyDictionary
 
@@ -21,7 +20,6 @@ from onnxopt.report import Guarantee
 _DONE: WeakKeyDictionary[Model, set[str]] = WeakKeyDictionary()
 
 
-@dataclass(frozen=True)
 class Planted(Pass):
     """The wrong rewrite called `rewrite`: one edit a scope."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -49,7 +48,6 @@ def test_the_first_wrong_node_is_named(wrong: Wrong, tmp_path: Path) -> None:
     assert first_found(question, reference, tmp_path).drift.value == wrong.first
 
 
-@dataclass(frozen=True)
 class Copied(Pass):
     """Right edits: as many nodes as `count` get a description."""
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
+import msgspec
 from onnx import NodeProto, TensorProto
 
 from onnxopt.edit import Edit
@@ -15,8 +15,7 @@ Build = Callable[[GraphView, NodeProto, Match], Edit]
 """The edit that replaces what matched; raises Declined."""
 
 
-@dataclass(frozen=True)
-class Fusion:
+class Fusion(msgspec.Struct, frozen=True):
     """Replace what `patterns` match, from opset `since` on, by an `op_type`.
 
     Who gets as far as `telling` operators into a pattern and no further is told why.
