@@ -7,11 +7,9 @@ onnx.checker passes; what it cannot load, or what is not safe to read, does not.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
 
 import onnx
 from onnx import (
@@ -24,7 +22,7 @@ from onnx import (
     TensorProto,
 )
 
-from onnxopt import attributes
+from onnxopt import attributes, schemas
 from onnxopt.errors import InvalidModelError
 from onnxopt.weights import PACKED_BITS, elements, payload_bytes, place
 
@@ -43,6 +41,7 @@ _TYPED_FIELD: dict[int, tuple[str, int]] = {
     TensorProto.UINT32: ("uint64_data", 1),
     TensorProto.STRING: ("string_data", 1),
 }
+_TEXT = frozenset([str])
 _KNOWN_TYPES = frozenset(TensorProto.DataType.values()) - {TensorProto.UNDEFINED}
 
 
@@ -58,8 +57,9 @@ def check_proto(proto: ModelProto) -> None:
         *((function.node, function.opset_import) for function in proto.functions),
     ):
         versions = {entry.domain: entry.version for entry in imports}
+        version = versions.get("", versions.get("ai.onnx", 0))
         for node in attributes.nodes_in(nodes):
-            _check_node(node, versions, calls)
+            _check_node(node, version, calls)
 
 
 def drop_duplicates(proto: ModelProto) -> list[str]:
@@ -132,6 +132,8 @@ def _check_functions(proto: ModelProto) -> None:
     ]:
         for key in ready:
             sizes[key] = _inlined(calls[key], sizes)
+    if not functions:
+        return
     if circular := [key for key in calls if key not in sizes]:
         raise InvalidModelError(
             f"function {circular[0][0]}::{circular[0][1]} calls itself, or one that does"
@@ -235,59 +237,63 @@ def _int32_items(data_type: int, count: int) -> int:
     return payload_bytes(data_type, count) if packs else count
 
 
-def _check_node(
-    node: NodeProto, versions: dict[str, int], calls: set[tuple[str, str]]
-) -> None:
-    label = node.name or next(iter(node.output), "")
-    names = (node.name, node.op_type, node.domain, *node.input, *node.output)
-    _check_text(names, f"node {label!r}")
-    if not node.op_type:
-        raise InvalidModelError(f"node {label!r} has no operator type")
-    standard = node.domain in ("", "ai.onnx") and (node.domain, node.op_type) not in calls
-    version = versions.get("", versions.get("ai.onnx", 0))
-    form = _form(node.op_type, version) if standard else None
+def _check_node(node: NodeProto, version: int, calls: set[tuple[str, str]]) -> None:
+    """Texts for messages are made where they are needed: this runs for every node."""
+    op_type, domain = node.op_type, node.domain
+    names = (node.name, op_type, domain, *node.input, *node.output)
+    if not _TEXT.issuperset(map(type, names)):
+        _check_text(names, f"node {_label(node)!r}")
+    if not op_type:
+        raise InvalidModelError(f"node {_label(node)!r} has no operator type")
+    standard = domain in ("", "ai.onnx") and (domain, op_type) not in calls
+    form = schemas.form(op_type, version) if standard else None
     if form is not None:
-        _check_arity(node, form, f"node {label!r} ({node.op_type})")
-    if not node.attribute:
-        return
-    kinds = form.attributes if form is not None else {}
+        _check_arity(node, form)
+    if node.attribute:
+        _check_attributes(node, form.attributes if form is not None else {})
+
+
+def _label(node: NodeProto) -> str:
+    return node.name or next(iter(node.output), "")
+
+
+def _check_attributes(node: NodeProto, kinds: dict[str, int]) -> None:
     seen: set[str] = set()
     for attribute in node.attribute:
-        where = f"node {label!r} ({node.op_type}): attribute {attribute.name!r}"
-        _check_text((attribute.name, attribute.ref_attr_name), where)
-        if not attribute.name or attribute.name in seen:
-            raise InvalidModelError(f"{where} has no name or is there twice")
-        seen.add(attribute.name)
-        kind = kinds.get(attribute.name)
-        if kind is not None and attribute.type != kind:
+        name, kind = attribute.name, attribute.type
+        refers = attribute.ref_attr_name
+        if not (isinstance(name, str) and isinstance(refers, str)):
+            _check_text((name, refers), _where(node, name))
+        if not name or name in seen:
+            raise InvalidModelError(f"{_where(node, name)} has no name or is there twice")
+        seen.add(name)
+        wanted = kinds.get(name, kind)
+        if kind != wanted:
             raise InvalidModelError(
-                f"{where} is of type {_type_name(attribute.type)}, not {_type_name(kind)}"
+                f"{_where(node, name)} is of type {_type_name(kind)}, "
+                f"not {_type_name(wanted)}"
             )
-        if not attribute.ref_attr_name:
-            _check_payloads(attribute, where)
+        if not refers:
+            _check_payloads(node, attribute)
 
 
-def _check_payloads(attribute: AttributeProto, where: str) -> None:
+def _where(node: NodeProto, attribute: str) -> str:
+    return f"node {_label(node)!r} ({node.op_type}): attribute {attribute!r}"
+
+
+def _check_payloads(node: NodeProto, attribute: AttributeProto) -> None:
     if attribute.type == AttributeProto.TENSOR or attribute.HasField("t"):
-        _check_tensor(attribute.t, where)
+        _check_tensor(attribute.t, _where(node, attribute.name))
     elif attribute.HasField("sparse_tensor"):
-        _check_sparse(attribute.sparse_tensor, where)
+        _check_sparse(attribute.sparse_tensor, _where(node, attribute.name))
     for tensor in attribute.tensors:
-        _check_tensor(tensor, where)
+        _check_tensor(tensor, _where(node, attribute.name))
     for sparse in attribute.sparse_tensors:
-        _check_sparse(sparse, where)
+        _check_sparse(sparse, _where(node, attribute.name))
 
 
-class _Form(NamedTuple):
-    """What a standard operator's schema says of its nodes."""
-
-    inputs: tuple[int, int]
-    outputs: tuple[int, int]
-    required: tuple[bool, ...]
-    attributes: dict[str, int]
-
-
-def _check_arity(node: NodeProto, form: _Form, where: str) -> None:
+def _check_arity(node: NodeProto, form: schemas.Form) -> None:
+    where = f"node {_label(node)!r} ({node.op_type})"
     for names, (least, most), what in (
         (node.input, form.inputs, "inputs"),
         (node.output, form.outputs, "outputs"),
@@ -296,30 +302,13 @@ def _check_arity(node: NodeProto, form: _Form, where: str) -> None:
             count = f"{least}" if least == most else f"{least} to {most}"
             count = f"{least} or more" if most > 1000 else count
             raise InvalidModelError(f"{where}: it has {len(names)} {what}, not {count}")
+    if "" not in node.input:
+        return
     for index, (name, required) in enumerate(
         zip(node.input, form.required, strict=False)
     ):
         if required and not name:
             raise InvalidModelError(f"{where}: input {index} is not optional")
-
-
-@functools.cache
-def _form(op_type: str, version: int) -> _Form | None:
-    """None for operators that onnx does not know."""
-    if not version or not onnx.defs.has(op_type):
-        return None
-    try:
-        schema = onnx.defs.get_schema(op_type, version)
-    except onnx.defs.SchemaError:
-        return None
-    kinds: Any = schema.attributes
-    single = onnx.defs.OpSchema.FormalParameterOption.Single
-    return _Form(
-        inputs=(schema.min_input, schema.max_input),
-        outputs=(schema.min_output, schema.max_output),
-        required=tuple(formal.option == single for formal in schema.inputs),
-        attributes={name: int(item.type.value) for name, item in kinds.items()},
-    )
 
 
 def _type_name(kind: int) -> str:

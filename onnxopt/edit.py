@@ -325,9 +325,10 @@ class _Journal:
         passed = [item for child in children for item in child.passed()]
         reads = self._detach(view, node)
         self.undo.append(lambda: self._reattach(view, node, rank, children, reads))
-        lost = [(read.home, read.name) for read in reads] + passed
-        self.freed += lost
-        self.relieved += lost
+        if reads or passed:
+            lost = [(read.home, read.name) for read in reads] + passed
+            self.freed += lost
+            self.relieved += lost
         self.undefined += [(view, name) for name in node.output if name]
 
     def _attach(self, view: GraphView, node: NodeProto, rank: tuple[int, int]) -> None:
@@ -340,7 +341,7 @@ class _Journal:
                 raise EditError(f"{view.scope}: {name!r} is defined already")
             view._producer[name] = node
         self.bytes += _node_bytes(node)
-        self.nodes += 1 + _inner_nodes(node)
+        self.nodes += 1 + (_inner_nodes(node) if node.attribute else 0)
         self.touched.append((view, node))
 
     def _reattach(
@@ -364,13 +365,14 @@ class _Journal:
                 del view._producer[name]
                 view._gone.add(name)
         reads = view.drop_reads(node)
-        _count_passed(view.children_of(node), -1)
-        view._children.pop(id(node), None)
+        self.nodes -= 1
+        if id(node) in view._children:
+            self.nodes -= _inner_nodes(node)
+            _count_passed(view._children.pop(id(node)), -1)
         del view._nodes[id(node)]
         view._delist(node)
         view._dead[id(node)] = node
         self.bytes -= _node_bytes(node)
-        self.nodes -= 1 + _inner_nodes(node)
         return reads
 
     def set_input(self, view: GraphView, node: NodeProto, index: int, name: str) -> None:

@@ -7,7 +7,6 @@ digests of a result that nobody judges are made when somebody asks for the repor
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -79,6 +78,8 @@ def _sha256(paths: Iterable[Path]) -> str:
 
 def _digest(files: Iterable[int]) -> str:
     """Over the contents of open files, one after the other."""
+    import hashlib  # slow, and for most results not needed
+
     digest = hashlib.sha256()
     for file in files:
         for piece in pieces(file, 0, os.fstat(file).st_size):

@@ -76,6 +76,7 @@ class GraphView:
         self.scope = scope
         self.parent = parent
         self.owner = owner
+        self._in_function: bool = parent._in_function if parent else self.is_function
         self.changes: list[NodeProto] = []
         self._nodes: dict[int, NodeProto] = {}
         self._ops: dict[int, str] = {}
@@ -310,6 +311,7 @@ class GraphView:
         _, start = self._cursors.get(id(owner), (owner, None))
         if start == len(self.changes):
             return
+        may_refer = self._in_function and not references
         first = self.nodes(ops) if start is None else self._around(start, ops)
         queue, waiting = deque(first), {id(node) for node in first}
         seen, budget = len(self.changes), 1000 + 60 * len(self._nodes)
@@ -320,7 +322,7 @@ class GraphView:
                 budget -= 1
                 if budget < 0:
                     raise RuntimeError(f"{owner} does not settle in scope {self.scope}")
-                if references or not attributes.has_references(node):
+                if not (may_refer and attributes.has_references(node)):
                     yield node
             if len(self.changes) > seen:
                 for other in self._around(seen, ops):
@@ -455,10 +457,13 @@ class GraphView:
         It stands in the scope that defined the value when it was put in; that scope
         may no longer define it.
         """
-        name, key = node.input[index], (id(node), index)
+        return self._drop(node.input[index], (id(node), index))
+
+    def _drop(self, name: str, key: tuple[int, int]) -> Read | None:
         view: GraphView | None = self
         while view is not None:
-            use = view._uses.get(name, {}).pop(key, None)
+            uses = view._uses.get(name)
+            use = uses.pop(key, None) if uses else None
             if use is not None:
                 return Read(view, name, use)
             view = view.parent
@@ -466,7 +471,8 @@ class GraphView:
 
     def drop_reads(self, node: NodeProto) -> list[Read]:
         """Take all that `node` and the nodes inside it read from here outwards out."""
-        found = [self.drop_use(node, i) for i, name in enumerate(node.input) if name]
+        key = id(node)
+        found = [self._drop(name, (key, i)) for i, name in enumerate(node.input) if name]
         for child in self._children.get(id(node), ()):
             found += [self.drop_use(*slot) for slot in child.slots()]
         return [read for read in found if read is not None]

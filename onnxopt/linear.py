@@ -216,9 +216,13 @@ class Layer(msgspec.Struct, frozen=True):
         spread = spread.reshape(spread.shape if spread.size > 1 else [1] * weight.ndim)
         _check_precision(weight, spread, self.layout)
         made = np.empty_like(weight)
+        narrow = spread.astype(weight.dtype)
         with np.errstate(all="ignore"):
-            # in float64, rounded once; few elements at a time are that wide
-            np.multiply(weight, spread, out=made, dtype=np.float64, casting="unsafe")
+            if (narrow == spread).all():
+                np.multiply(weight, narrow, out=made)  # exact, and rounded once
+            else:
+                # in float64, rounded once; few elements at a time are that wide
+                np.multiply(weight, spread, out=made, dtype=np.float64, casting="unsafe")
         return made.reshape(tuple(self.tensor.dims))
 
     def _spread(self, factor: Floats, axis: int) -> Floats:

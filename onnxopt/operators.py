@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-
-import onnx
+from onnxopt import schemas
 
 RANDOM = frozenset(
     {
@@ -20,11 +18,7 @@ RANDOM = frozenset(
 """Operators whose outputs may differ from run to run."""
 
 
-@functools.cache
 def exists(op_type: str, opset: int) -> bool:
     """Whether the standard operator set of version `opset` has `op_type`."""
-    try:
-        schema = onnx.defs.get_schema(op_type, opset)
-    except onnx.defs.SchemaError:
-        return False
-    return not schema.deprecated
+    form = schemas.form(op_type, opset)
+    return form is not None and not form.deprecated

@@ -11,7 +11,6 @@ so do the large ones of any model that would pass protobuf's limit of 2 GiB.
 from __future__ import annotations
 
 import bisect
-import hashlib
 import io
 import os
 import re
@@ -27,6 +26,7 @@ from onnxopt.errors import UsageError
 from onnxopt.model import Model
 from onnxopt.report import Digest, Pair
 from onnxopt.weights import (
+    HELD,
     SOURCE,
     SPILL,
     TYPED_FIELDS,
@@ -346,8 +346,11 @@ class _Sink:
     def __init__(self, file: BinaryIO | None, *, hashes: bool = True) -> None:
         self.file = file
         self.hashes = hashes
-        self.digest = hashlib.sha256()
         self.size = 0
+        if hashes:
+            import hashlib  # slow, and for most results not needed
+
+            self.digest = hashlib.sha256()
 
     def hexdigest(self) -> str:
         """sha256 of what was written so far; empty where it does not hash."""
@@ -389,7 +392,7 @@ def _holds_places(data: bytes) -> Callable[[wire.Field], bool]:
     """Whether one of our places is named anywhere in a field, without looking into it."""
     found = sorted(
         match.start()
-        for location in (SOURCE, SPILL)
+        for location in (SOURCE, SPILL, HELD)
         for match in re.finditer(re.escape(location.encode()), data)
     )
 

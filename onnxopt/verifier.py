@@ -44,13 +44,21 @@ def _given(scope: GraphProto | FunctionProto) -> set[str]:
 def _verify_scope(scope: GraphProto | FunctionProto, outer: set[str], where: str) -> None:
     own = _given(scope)
     visible = outer | own
+    visible.add("")  # an input or output that is left out
     for node in scope.node:
-        _verify_node(node, visible, where)
-        for name in filter(None, node.output):
+        if not visible.issuperset(node.input):
+            name = next(name for name in node.input if name not in visible)
+            raise BrokenGraphError(
+                f"{where}: {node.op_type} {node.name!r} reads {name!r} before it is made"
+            )
+        if node.attribute:
+            _verify_attributes(node, visible, where)
+        for name in node.output:
             if name in own:
                 raise BrokenGraphError(f"{where}: {name!r} is defined twice")
-            own.add(name)
-            visible.add(name)
+            if name:
+                own.add(name)
+                visible.add(name)
     outputs = scope.output
     for output in outputs:
         name = output if isinstance(output, str) else output.name
@@ -58,18 +66,12 @@ def _verify_scope(scope: GraphProto | FunctionProto, outer: set[str], where: str
             raise BrokenGraphError(f"{where}: nothing makes output {name!r}")
 
 
-def _verify_node(node: NodeProto, visible: set[str], where: str) -> None:
-    for name in node.input:
-        if name and name not in visible:
-            raise BrokenGraphError(
-                f"{where}: {node.op_type} {node.name!r} reads {name!r} before it is made"
-            )
-    if node.attribute:
-        names = [attribute.name for attribute in node.attribute]
-        if len(set(names)) != len(names) or "" in names:
-            raise BrokenGraphError(f"{where}: {node.name!r} repeats an attribute")
-        for label, graph in attributes.subgraphs(node):
-            _verify_scope(graph, visible, f"{where}, {node.name!r} {label}")
+def _verify_attributes(node: NodeProto, visible: set[str], where: str) -> None:
+    names = {attribute.name for attribute in node.attribute}
+    if len(names) != len(node.attribute) or "" in names:
+        raise BrokenGraphError(f"{where}: {node.name!r} repeats an attribute")
+    for label, graph in attributes.subgraphs(node):
+        _verify_scope(graph, visible, f"{where}, {node.name!r} {label}")
 
 
 def _compare_index(view: GraphView, when: str) -> None:

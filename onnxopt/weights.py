@@ -1,8 +1,9 @@
 """Where the weights lie, and how to read and write them.
 
-A TensorProto holds its payload inline, or names a place in a file: external data of
-the source model, the source file itself (see `onnxopt.wire`), or the spill file for
-large weights that passes wrote. `WeightStore` reads them all alike, on demand.
+A TensorProto holds its payload inline, or names a place: external data of the source
+model, the source file itself (see `onnxopt.wire`), or, for large weights that passes
+wrote, the memory that they lie in and beyond a limit the spill file. `WeightStore` reads
+them all alike, on demand.
 
 Places of ours are external_data entries whose location starts with NUL, which no path
 can contain; `onnxopt.save` turns them into inline or external data.
@@ -10,6 +11,7 @@ can contain; `onnxopt.save` turns them into inline or external data.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import stat
@@ -45,7 +47,11 @@ SPILL_FROM = 1 << 20
 
 SOURCE = f"\0source-{os.urandom(8).hex()}"
 SPILL = f"\0spill-{os.urandom(8).hex()}"
-"""Locations of ours: the model file itself, the spill file. No model can name them."""
+HELD = f"\0held-{os.urandom(8).hex()}"
+"""Locations of ours, which no model can name: the model file, the spill file, memory."""
+
+MAX_HELD = 32 << 20
+"""So much of what passes wrote stays in memory; the rest is spilled (bytes)."""
 
 _BITS = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4}
 _BITS |= {"FLOAT6E2M3": 6, "FLOAT6E3M2": 6}
@@ -103,7 +109,12 @@ def payload_bytes(data_type: int, count: int) -> int:
     bits = PACKED_BITS.get(data_type)
     if bits is not None:
         return (count * bits + 7) // 8
-    return count * helper.tensor_dtype_to_np_dtype(data_type).itemsize
+    return count * _item_bytes(data_type)
+
+
+@functools.cache
+def _item_bytes(data_type: int) -> int:
+    return int(helper.tensor_dtype_to_np_dtype(data_type).itemsize)
 
 
 def tensor_bytes(tensor: TensorProto) -> int:
@@ -223,6 +234,8 @@ class WeightStore:
         self.model_path = model_path
         self._sources: dict[str, _Source] = {}
         self._spill: BinaryIO | None = None
+        self._held: dict[int, memoryview] = {}
+        self._held_bytes = 0
         self._finalizer = weakref.finalize(self, _close_all, self._sources)
 
     def add_source(self, location: str, file: BinaryIO, label: str) -> None:
@@ -244,6 +257,7 @@ class WeightStore:
     def close(self) -> None:
         """Close every file; payloads outside the proto can no longer be read."""
         self._finalizer()
+        self._held.clear()
 
     def check_unchanged(self) -> None:
         """Raise UsageError where a file has changed since it was opened."""
@@ -258,11 +272,14 @@ class WeightStore:
         """
         return b"".join(self.chunks(tensor))
 
-    def chunks(self, tensor: TensorProto) -> Iterator[bytes]:
-        """The raw payload in pieces of at most CHUNK bytes."""
+    def chunks(self, tensor: TensorProto) -> Iterator[Buffer]:
+        """The raw payload in pieces, of at most CHUNK bytes where read from a file."""
         where = place(tensor)
         if where is None:
             yield tensor.raw_data or _raw(tensor)
+            return
+        if where.location == HELD:
+            yield self._held[where.offset]
             return
         source, length = self._open(tensor, where), tensor_bytes(tensor)
         for start in range(0, length, CHUNK):
@@ -271,7 +288,7 @@ class WeightStore:
     def spot(self, tensor: TensorProto) -> tuple[int, int] | None:
         """The open file and the offset at which a payload lies; None where in memory."""
         where = place(tensor)
-        if where is None:
+        if where is None or where.location == HELD:
             return None
         file = self._open(tensor, where).file
         file.flush()  # what was spilled may still be in memory
@@ -280,8 +297,8 @@ class WeightStore:
     def head(self, tensor: TensorProto, size: int) -> bytes:
         """The first `size` bytes of the raw payload, or all where there are fewer."""
         where = place(tensor)
-        if where is None:
-            return next(self.chunks(tensor))[:size]
+        if where is None or where.location == HELD:
+            return bytes(next(self.chunks(tensor))[:size])
         length = min(size, tensor_bytes(tensor))
         return self._open(tensor, where).read(where.offset, length)
 
@@ -298,7 +315,11 @@ class WeightStore:
         if tensor.data_type in PACKED_BITS:
             return numpy_helper.to_array(self.inline(tensor))
         dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        data = self._open(tensor, where).read(where.offset, tensor_bytes(tensor))
+        data: Buffer
+        if where.location == HELD:
+            data = self._held[where.offset]
+        else:
+            data = self._open(tensor, where).read(where.offset, tensor_bytes(tensor))
         return np.frombuffer(data, dtype=dtype).reshape(tuple(tensor.dims))
 
     def inline(self, tensor: TensorProto) -> TensorProto:
@@ -310,7 +331,10 @@ class WeightStore:
         return copy
 
     def tensor(self, array: Array, name: str) -> TensorProto:
-        """A new initializer that holds `array`; a large one lies in the spill file."""
+        """A new initializer that holds `array`, which must not change from now on.
+
+        A large one is kept as it is, or lies in the spill file.
+        """
         array = np.asarray(array, order="C")  # ascontiguousarray makes scalars [1]
         if array.dtype.byteorder == ">":
             array = array.astype(array.dtype.newbyteorder("<"))
@@ -331,7 +355,13 @@ class WeightStore:
         return slim
 
     def _spilled(self, payload: Buffer) -> Place:
-        """Where `payload` lies now in the spill file."""
+        """Where `payload` lies now: in memory as it is, or in the spill file."""
+        length = len(payload)
+        if self._held_bytes + length <= MAX_HELD:
+            start = self._held_bytes
+            self._held[start] = memoryview(payload).toreadonly()
+            self._held_bytes += length
+            return Place(HELD, start, length)
         if self._spill is None:
             self._spill = tempfile.TemporaryFile(prefix="onnxopt-")  # noqa: SIM115
             self.add_source(SPILL, self._spill, "the spill file")
@@ -348,7 +378,7 @@ class WeightStore:
     def check(self, tensor: TensorProto) -> None:
         """Raise InvalidModelError where the payload of an outside tensor is not there."""
         where = place(tensor)
-        if where is None:
+        if where is None or where.location == HELD:
             return
         source = self._open(tensor, where)
         size, wanted = source.size(), tensor_bytes(tensor)

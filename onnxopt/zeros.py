@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto, helper
 
-from onnxopt.weights import WeightStore, elements
+from onnxopt.weights import Buffer, WeightStore, elements
 
 Mask = npt.NDArray[np.bool_]
 
@@ -110,7 +110,7 @@ def _periods(runs: Mask, first: int, size: int) -> Iterator[tuple[Mask, int]]:
         yield tail, 0
 
 
-def _nonzero(data: bytes, data_type: int, zero: int) -> Mask:
+def _nonzero(data: Buffer, data_type: int, zero: int) -> Mask:
     """For each element of a raw payload whether it is not zero."""
     if data_type in _FOUR_BITS:
         return _nonzero_nibbles(data, data_type, zero)
@@ -130,7 +130,7 @@ def _differs(values: npt.NDArray[Any], zero: int) -> Mask:
     return mask
 
 
-def _nonzero_nibbles(data: bytes, data_type: int, zero: int) -> Mask:
+def _nonzero_nibbles(data: Buffer, data_type: int, zero: int) -> Mask:
     """Two elements a byte, the first one in the low half."""
     packed = np.frombuffer(data, np.uint8)
     nibbles = np.stack((packed & 0xF, packed >> 4), axis=-1).reshape(-1)

@@ -14,7 +14,9 @@ from onnxopt import weights
 from onnxopt.errors import InvalidModelError, UsageError
 from onnxopt.weights import (
     CHUNK,
+    HELD,
     PACKED_BITS,
+    SPILL,
     SPILL_FROM,
     Place,
     WeightStore,
@@ -143,7 +145,11 @@ def test_arrays_become_the_same_payload(dtype: int, dims: tuple[int, ...]) -> No
     assert store.array(typed(dtype, dims)).dtype == store.array(tensor).dtype
 
 
-def test_large_arrays_spill_and_come_back(dtype: int) -> None:
+@pytest.mark.parametrize("most_held", [0, 32 << 20])
+def test_large_arrays_leave_the_protobuf_and_come_back(
+    dtype: int, most_held: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(weights, "MAX_HELD", most_held)
     tensor = raw(dtype, (SPILL_FROM + 3,))
     store = WeightStore()
     array = store.array(tensor)
@@ -381,6 +387,7 @@ def test_spilling_keeps_all_but_the_payload() -> None:
 
 
 def test_the_spill_file_has_no_name(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(weights, "MAX_HELD", 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     store = WeightStore()
     tensor = store.tensor(np.zeros(SPILL_FROM, np.uint8), "w")
@@ -390,6 +397,17 @@ def test_the_spill_file_has_no_name(tmp_path: Path, monkeypatch: Any) -> None:
         store.read(tensor)
 
 
+def test_what_is_held_in_memory_is_bounded(monkeypatch: Any) -> None:
+    monkeypatch.setattr(weights, "MAX_HELD", 3 * SPILL_FROM)
+    store = WeightStore()
+    tensors = [store.tensor(np.full(SPILL_FROM, i, np.uint8), "w") for i in range(6)]
+    places = [place(tensor) for tensor in tensors]
+    assert [where.location for where in places if where] == [HELD] * 3 + [SPILL] * 3
+    for index, tensor in enumerate(tensors):
+        assert set(store.read(tensor)) == {index}
+        assert store.head(tensor, 2) == bytes([index, index])
+
+
 def test_small_arrays_stay_in_memory() -> None:
     store = WeightStore()
     assert place(store.tensor(np.zeros(SPILL_FROM - 1, np.uint8), "w")) is None
@@ -397,6 +415,7 @@ def test_small_arrays_stay_in_memory() -> None:
 
 
 def test_a_full_disk_is_reported(monkeypatch: Any) -> None:
+    monkeypatch.setattr(weights, "MAX_HELD", 0)
     full = open("/dev/full", "w+b")  # noqa: SIM115 - the store closes it
     monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: full)
     with pytest.raises(UsageError, match=r"cannot keep weights in .*No space left"):

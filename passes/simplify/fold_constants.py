@@ -62,11 +62,15 @@ class FoldConstants(Pass):
 
     def run(self, graph: GraphView, context: Context) -> None:
         """First what NumPy does, to its end; then the rest in one session."""
+        if graph.holds_initializers:
+            _lift(graph)
         rest: dict[int, NodeProto] = {}
         for node in graph.visit(self):
-            if node.op_type == "Constant":
-                _lift(graph, node)
-            elif _is_foldable(graph, node) and not self._fold_small(graph, node):
+            if (
+                node.op_type != "Constant"
+                and _is_foldable(graph, node)
+                and not self._fold_small(graph, node)
+            ):
                 rest[id(node)] = node
         pending = _constant_closure(graph, [n for n in rest.values() if graph.holds(n)])
         if pending:
@@ -190,19 +194,32 @@ def _size(graph: GraphView, name: str) -> int | None:
     return payload_bytes(dtype, math.prod(int(dim or 0) for dim in shape))
 
 
-def _lift(graph: GraphView, node: NodeProto) -> None:
-    """A Constant node becomes an initializer of the same name."""
-    value = constant_value(node)
-    if value is None or not graph.holds_initializers or graph.is_output(node.output[0]):
+def _lift(graph: GraphView) -> None:
+    """Constant nodes become initializers of the same names, all in one edit."""
+    found = [
+        (node, value)
+        for node in graph.nodes(("Constant",))
+        if (value := constant_value(node)) is not None
+        and not graph.is_output(node.output[0])
+    ]
+    if not found:
         return
+    edit = Edit(graph, found[0][0])
+    for node, value in found:
+        edit.erase(node)
+        edit.add_weight(_as_initializer(node, value), node.output[0], name=node.output[0])
+    graph.apply(edit, "constants can be initializers")
+
+
+def _as_initializer(node: NodeProto, value: TensorProto) -> TensorProto:
+    """The value with what the node says of it."""
+    if not (node.metadata_props or node.doc_string):
+        return value
     tensor = TensorProto()
     tensor.CopyFrom(value)
     tensor.metadata_props.extend(node.metadata_props)
     tensor.doc_string = tensor.doc_string or node.doc_string
-    edit = Edit(graph, node)
-    edit.erase(node)
-    edit.add_weight(tensor, node.output[0], name=node.output[0])
-    graph.apply(edit, "a constant can be an initializer")
+    return tensor
 
 
 def _may_output(graph: GraphView) -> bool:

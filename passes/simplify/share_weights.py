@@ -16,7 +16,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import ClassVar
@@ -130,6 +129,8 @@ class _Payloads:
 
     def _digest(self, tensor: TensorProto) -> bytes:
         if id(tensor) not in self._digests:
+            import hashlib  # slow, and seldom needed
+
             digest = hashlib.sha256()
             for chunk in self._weights.chunks(tensor):
                 digest.update(chunk)
