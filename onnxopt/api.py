@@ -67,25 +67,22 @@ class Result(msgspec.Struct):
     _as_graph: bool = False
     _folder: tempfile.TemporaryDirectory[str] | None = None
     _proto: ModelProto | None = None
-    _is_hashed: bool = True
 
     @property
     def report(self) -> Report:
         """What changed, what was skipped and why, and the verdict.
 
-        Of a result that was not validated the digests are made on the first access,
-        which reads the input and the weights; raises UsageError where these files have
-        changed since.
+        Of a result that was not validated, digests and sizes are made on the first
+        access, which reads the input and the weights; raises UsageError where these
+        files have changed since.
         """
-        if not self._is_hashed and self._model is not None:
-            source, output = self._report.source, self._report.output
-            assert output is not None
-            made = measure(self._model, Path(_CANDIDATE)).digest
-            first = facts.digest_of_source(self._model)
-            self._report.source = msgspec.structs.replace(source, sha256=first)
-            self._report.output = msgspec.structs.replace(output, sha256=made)
-            self._is_hashed = True
-        return self._report
+        report, model = self._report, self._model
+        if report.output is None and model is not None:
+            if report.source.sha256 == facts.NOT_HASHED:
+                digest = facts.digest_of_source(model)
+                report.source = msgspec.structs.replace(report.source, sha256=digest)
+            report.output = facts.of_staged(model, measure(model, Path(_CANDIDATE)))
+        return report
 
     @property
     def model(self) -> Any:
@@ -353,37 +350,38 @@ class Attempts(msgspec.Struct):
             manager.run(model, context)
         self.history = list(model.ledger.history)
         self.times = []
-        staged = self._measured(model) or stage(model, self.target)
-        try:
-            report.passes = model.ledger.reports()
-            report.notes = list(model.notes)
-            report.notes += _target_notes(self.job.target.name, staged.path)
-            made = Model.open(staged.path) if staged.path.exists() else model
-            report.output = facts.of_staged(made, staged)
-            if self.feeds is not None:
-                times = self.times if options.get("time_observer") else None
-                report.validation = self._judged(staged.path, report.passes, times)
-                _check_format(report, self.reference, staged.path)
-                self._check_interface(interface.of(made.proto))
-        except BaseException:
-            staged.discard()
-            raise
+        report.passes = model.ledger.reports()
+        report.notes = list(model.notes)
+        report.output = None
+        staged = self._staged(model)
         as_graph = not isinstance(self.job.source, str | os.PathLike | ModelProto)
         result = Result(
             report,
             seconds=manager.seconds,
             _model=model,
             _as_graph=as_graph,
-            _is_hashed=report.source.sha256 != facts.NOT_HASHED,
         )
         return result, staged
 
-    def _measured(self, model: Model) -> Staged | None:
-        """A result that nobody looks at is only measured; `Result.save` writes it."""
-        if self.is_kept or self.feeds is not None or self.job.target.name != "onnx":
-            return None
-        hashes = self.report.source.sha256 != facts.NOT_HASHED
-        return measure(model, self.target, hashes=hashes)
+    def _staged(self, model: Model) -> Staged:
+        """The result as a file, judged; nothing where nobody looks at it."""
+        report, target = self.report, self.job.target.name
+        if not (self.is_kept or self.feeds is not None or target != "onnx"):
+            return Staged(self.target)
+        staged = stage(model, self.target)
+        try:
+            report.notes += _target_notes(target, staged.path)
+            made = Model.open(staged.path)
+            report.output = facts.of_staged(made, staged)
+            if self.feeds is not None:
+                times = self.times if self.job.options.get("time_observer") else None
+                report.validation = self._judged(staged.path, report.passes, times)
+                _check_format(report, self.reference, staged.path)
+                self._check_interface(interface.of(made.proto))
+        except BaseException:
+            staged.discard()
+            raise
+        return staged
 
     def _judged(
         self, path: Path, passes: Sequence[PassReport], times: list[ProviderTime] | None

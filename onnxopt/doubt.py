@@ -86,8 +86,13 @@ def _pool(node: NodeProto, constants: Constants) -> bool:
 
 
 def _conv_transpose(node: NodeProto, constants: Constants) -> bool:
-    same = str(attributes.get(node, "auto_pad", "")).startswith("SAME")
-    return same and any(attributes.get(node, "output_padding", []))
+    """Under SAME_*, where the output is padded or strides leave gaps between kernels."""
+    if not str(attributes.get(node, "auto_pad", "")).startswith("SAME"):
+        return False
+    kernel = attributes.get(node, "kernel_shape", [])
+    strides = attributes.get(node, "strides", []) or [1] * len(kernel)
+    gaps = any(width < step for width, step in zip(kernel, strides, strict=False))
+    return not kernel or gaps or any(attributes.get(node, "output_padding", []))
 
 
 def _resize(node: NodeProto, constants: Constants) -> bool:

@@ -130,20 +130,17 @@ def stage(model: Model, target: Path, *, hashes: bool = True) -> Staged:
     return staged
 
 
-def measure(model: Model, target: Path, *, hashes: bool = True) -> Staged:
-    """What `stage` would write for `target`, measured and not written.
-
-    Unless it `hashes` there are no digests, and no weight is read.
-    """
+def measure(model: Model, target: Path) -> Staged:
+    """What `stage` would write for `target`, measured and not written."""
     model.settle()
     shell = ModelProto()
     shell.CopyFrom(model.proto)
     staged = Staged(target)
     moved = _moved_outside(shell, model)
     if moved:
-        sink = _Sink(None, hashes=hashes)
+        sink = _Sink(None)
         _name_data(staged, sink, moved, _lay_out(sink, moved, model.weights))
-    sink = _Sink(None, hashes=hashes)
+    sink = _Sink(None)
     data = shell.SerializeToString(deterministic=True)
     _write_filled(sink, data, model.weights)
     staged.digest = Digest(sink.hexdigest(), staged.digest.data)
@@ -243,7 +240,7 @@ def _name_data(
 ) -> str:
     """Let the tensors name the data file, which is called by its digest."""
     digest = sink.hexdigest()
-    name = f"{staged.target.stem}-{digest[:12]:0<12}.data"
+    name = f"{staged.target.stem}-{digest[:12]}.data"
     for tensor, (offset, length) in zip(moved, spots, strict=True):
         for field in TYPED_FIELDS:
             tensor.ClearField(field)
@@ -365,9 +362,6 @@ class _Sink:
     def copy(self, tensor: TensorProto, weights: WeightStore) -> None:
         """Append a payload, through one small buffer where it lies in a file."""
         length = tensor_bytes(tensor)
-        if self.file is None and not self.hashes:
-            self.size += length
-            return
         spot = weights.spot(tensor) if length >= wire.MIN_PAYLOAD else None
         if spot is None:
             for chunk in weights.chunks(tensor):

@@ -66,6 +66,13 @@ def quantize(call: Call) -> list[Fact]:
     return [Fact(int(kind or TensorProto.UINT8), call.inputs[0].dims)]
 
 
+def dynamic_quantize(call: Call) -> list[Fact]:
+    """uint8, with the scale and the zero point that it found."""
+    first = call.inputs[0]
+    kind = TensorProto.UINT8
+    return [Fact(kind, first.dims), Fact(first.dtype, ()), Fact(kind, ())]
+
+
 def dequantize(call: Call) -> list[Fact]:
     """The type of the scale."""
     kind = attributes.get(call.node, "output_dtype", 0) or call.inputs[1].dtype
@@ -298,6 +305,7 @@ RULES: dict[str, Rule] = {
     "IsNaN": to_bool,
     "Neg": variadic(),
     "Not": variadic(TensorProto.BOOL),
+    "DynamicQuantizeLinear": dynamic_quantize,
     "QuantizeLinear": quantize,
     "Where": variadic(first=1),
 }

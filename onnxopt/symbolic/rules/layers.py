@@ -75,6 +75,67 @@ def conv(call: Call) -> list[Fact] | None:
     return [Fact(dtype, (batch, weight.dims[0], *extents))]
 
 
+def conv_transpose(call: Call) -> list[Fact] | None:
+    """Batch, the weight's second dim for each group, and the extents of a Conv undone."""
+    data, weight = call.inputs[0], call.inputs[1]
+    if weight.dims is None:
+        return [Fact(data.dtype)]
+    rank = len(weight.dims)
+    batch = data.dims[0] if data.dims is not None else call.fresh(0)
+    channels = dim.multiply(weight.dims[1], attributes.get(call.node, "group", 1))
+    kernel = attributes.get(call.node, "kernel_shape") or weight.dims[2:]
+    extents = _grown(call, data.dims, tuple(kernel), rank - 2)
+    return [Fact(data.dtype, (batch, channels, *extents))]
+
+
+def _grown(call: Call, data: Dims | None, kernel: Dims, count: int) -> Dims:
+    fresh = tuple(call.fresh(axis + 2) for axis in range(count))
+    known = _windows(call, count)
+    if "output_shape" in (item.name for item in call.node.attribute):
+        return fresh
+    if data is None or known is None or len(kernel) != count:
+        return fresh
+    strides, dilations, pads = known
+    extra = attributes.get(call.node, "output_padding") or [0] * count
+    made: list[Dim] = []
+    for axis, size in enumerate(data[2:]):
+        width = kernel[axis]
+        if not isinstance(width, int):
+            made.append(fresh[axis])
+            continue
+        whole = dim.multiply(size, strides[axis])
+        beyond = dilations[axis] * (width - 1) + 1 - strides[axis]
+        if pads is not None:
+            cut = pads[axis] + pads[axis + count]
+            made.append(dim.add(whole, beyond + extra[axis] - cut))
+        elif beyond < 0 or extra[axis]:
+            made.append(fresh[axis])  # SAME, where runtimes disagree
+        else:
+            made.append(whole)
+    return tuple(made)
+
+
+def recurrent(call: Call) -> list[Fact] | None:
+    """LSTM, GRU, RNN: all hidden states, the last one, and (LSTM) the last cell state."""
+    data, weight = call.inputs[0], call.inputs[2]
+    hidden = attributes.get(call.node, "hidden_size")
+    if hidden is None:
+        hidden = weight.dims[-1] if weight.dims else None
+    if data.dims is None or len(data.dims) != 3 or hidden is None:
+        return None
+    ways = (
+        2 if attributes.get(call.node, "direction", "forward") == "bidirectional" else 1
+    )
+    if attributes.get(call.node, "layout", 0):
+        batch, length = data.dims[:2]
+        last: Dims = (batch, ways, hidden)
+        whole: Dims = (batch, length, ways, hidden)
+    else:
+        length, batch = data.dims[:2]
+        last, whole = (ways, batch, hidden), (length, ways, batch, hidden)
+    return [Fact(data.dtype, dims) for dims in (whole, last, last)]
+
+
 def pool(call: Call) -> list[Fact] | None:
     """Batch and channels stay; a rounded up extent is not sure (see `onnxopt.doubt`)."""
     data = call.inputs[0]
@@ -251,11 +312,15 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool"), global_pool),
     "Conv": conv,
     "ConvInteger": conv,
+    "ConvTranspose": conv_transpose,
     "Einsum": einsum,
+    "GRU": recurrent,
     "Gemm": gemm,
+    "LSTM": recurrent,
     "MatMul": matmul,
     "MatMulInteger": matmul,
     "NonZero": non_zero,
+    "RNN": recurrent,
     "ReduceProd": product_of_value,
     "Resize": resize,
     "TopK": top_k,
