@@ -241,7 +241,8 @@ class Edit:
         try:
             if ledger.forbids(graph, self._subject, why):
                 raise Refused(FORBIDDEN)
-            for step in self._steps:
+            steps, self._steps = self._steps, []  # they hold the edit itself
+            for step in steps:
                 step(journal)
             journal.sweep()
             journal.check()
@@ -280,9 +281,11 @@ class _Journal:
     def roll_back(self) -> None:
         for inverse in reversed(self.undo):
             inverse()
+        self.undo.clear()  # the inverses hold the journal itself
 
     def publish(self) -> None:
-        """Tell the views' change logs."""
+        """Tell the views' change logs; there is no way back from here."""
+        self.undo.clear()
         for home, name in self.relieved:
             uses = home._uses.get(name, ())
             if len(uses) == 1:  # rules that need a sole reader may apply to it now
@@ -720,7 +723,8 @@ def _inner_nodes(node: NodeProto) -> int:
 def _set_payload(tensor: TensorProto, new: TensorProto) -> None:
     """Give `tensor` the payload of `new`; name, doc string and metadata stay."""
     kept = TensorProto(name=tensor.name, doc_string=tensor.doc_string)
-    kept.metadata_props.extend(tensor.metadata_props)
+    if tensor.metadata_props:
+        kept.metadata_props.extend(tensor.metadata_props)
     tensor.CopyFrom(new)
     tensor.MergeFrom(kept)
 

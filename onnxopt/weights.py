@@ -339,12 +339,16 @@ class WeightStore:
         array = _in_order(array)
         if array.dtype.byteorder == ">":
             array = array.astype(array.dtype.newbyteorder("<"))
-        if array.dtype == object or array.nbytes < SPILL_FROM:
+        if array.dtype.kind in "OSU":
             return numpy_helper.from_array(array, name)
         kind = helper.np_dtype_to_tensor_dtype(array.dtype)
         if kind in PACKED_BITS:
-            return self.spill(numpy_helper.from_array(array, name))
+            tensor = numpy_helper.from_array(array, name)
+            return tensor if array.nbytes < SPILL_FROM else self.spill(tensor)
         slim = TensorProto(name=name, data_type=kind, dims=array.shape)
+        if array.nbytes < SPILL_FROM:
+            slim.raw_data = array.tobytes()
+            return slim
         set_place(slim, self._spilled(array.reshape(-1).view(np.uint8).data))
         return slim
 
