@@ -241,8 +241,7 @@ class Edit:
         try:
             if ledger.forbids(graph, self._subject, why):
                 raise Refused(FORBIDDEN)
-            steps, self._steps = self._steps, []  # they hold the edit itself
-            for step in steps:
+            for step in self._steps:
                 step(journal)
             journal.sweep()
             journal.check()
@@ -258,6 +257,7 @@ class Edit:
             journal.roll_back()
             raise
         journal.publish()
+        self._steps.clear()  # they hold the edit itself
         if journal.reshaped:
             graph.model.shapes.forget()
         graph.model.version += 1

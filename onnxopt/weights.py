@@ -51,8 +51,10 @@ SPILL = f"\0spill-{os.urandom(8).hex()}"
 HELD = f"\0held-{os.urandom(8).hex()}"
 """Locations of ours, which no model can name: the model file, the spill file, memory."""
 
-MAX_HELD = 32 << 20
+MAX_HELD = 64 << 20
 """So much of what passes wrote stays in memory; the rest is spilled (bytes)."""
+LARGE = 16 * MAX_HELD
+"""Of a model from this size on nothing stays (bytes)."""
 
 _BITS = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4}
 _BITS |= {"FLOAT6E2M3": 6, "FLOAT6E3M2": 6}
@@ -352,6 +354,9 @@ class WeightStore:
         set_place(slim, self._spilled(array.reshape(-1).view(np.uint8).data))
         return slim
 
+    def _size(self) -> int:
+        return sum(source.size() for source in self._sources.values())
+
     def spill(self, tensor: TensorProto) -> TensorProto:
         """A tensor equal to the inline `tensor` whose payload lies in the spill file."""
         slim = TensorProto()
@@ -362,7 +367,7 @@ class WeightStore:
     def _spilled(self, payload: Buffer) -> Place:
         """Where `payload` lies now: in memory as it is, or in the spill file."""
         length = len(payload)
-        if self._held_bytes + length <= MAX_HELD:
+        if self._held_bytes + length <= MAX_HELD and self._size() < LARGE:
             start = self._held_bytes
             self._held[start] = memoryview(payload).toreadonly()
             self._held_bytes += length
