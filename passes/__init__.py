@@ -72,6 +72,7 @@ class _Passes(Mapping[str, type[Pass]]):
 
 PASSES: Mapping[str, type[Pass]] = _Passes()
 
+# What is computed from shapes goes first: its constants need not be lifted then.
 _SIMPLIFY = (
     "dead-code",
     "identity",
@@ -79,8 +80,8 @@ _SIMPLIFY = (
     "split-sequence",
     "inline-if",
     "unroll-loop",
-    "fold-constants",
     "fold-shapes",
+    "fold-constants",
     "no-op",
     "cast-chain",
     "reshape-chain",
