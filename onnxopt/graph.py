@@ -152,12 +152,13 @@ class GraphView:
 
     def is_pinned(self, name: str) -> bool:
         """Whether something besides nodes and outputs refers to `name`."""
-        return name in self._pinned or self._captured[name] > 0
+        return name in self._pinned or self._captured.get(name, 0) > 0
 
     def is_used(self, name: str) -> bool:
         """Whether anything at all depends on `name`."""
-        read = bool(self._uses.get(name)) or name in self._outputs
-        return read or self.is_pinned(name)
+        if self._uses.get(name) or name in self._outputs:
+            return True
+        return self.is_pinned(name)
 
     def only_use(self, name: str) -> Use | None:
         """The one reader of `name`, None where others (an output too) depend on it."""

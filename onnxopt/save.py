@@ -21,7 +21,7 @@ from typing import BinaryIO
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto
 
-from onnxopt import files, wire
+from onnxopt import copying, files, wire
 from onnxopt.errors import UsageError
 from onnxopt.model import Model
 from onnxopt.report import Digest, Pair
@@ -329,11 +329,6 @@ def _write_filled(sink: _Sink, data: bytes, weights: WeightStore) -> None:
                 sink.write(piece)
 
 
-def _write_all(file: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(file, data) :]
-
-
 class _Sink:
     """A file that is written from start to end, and hashed on the way.
 
@@ -367,14 +362,18 @@ class _Sink:
             for chunk in weights.chunks(tensor):
                 self.write(chunk)
             return
-        if self.file is not None:
-            self.file.flush()
-        for piece in pieces(*spot, length):
-            self._count(piece)
-            if self.file is not None:
-                _write_all(self.file.fileno(), piece)
-        if self.file is not None:
-            self.file.seek(0, os.SEEK_END)
+        if self.file is None:
+            for piece in pieces(*spot, length):
+                self._count(piece)
+            return
+        self.file.flush()
+        start = self.file.tell()
+        copying.copy(*spot, self.file.fileno(), start, length)
+        self.file.seek(0, os.SEEK_END)
+        self.size += length
+        if self.hashes:
+            for piece in copying.windows(self.file.fileno(), start, length):
+                self.digest.update(piece)
 
     def _count(self, chunk: bytes | memoryview) -> None:
         if self.hashes:

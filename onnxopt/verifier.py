@@ -7,14 +7,16 @@ compared with the one that edits kept up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from onnx import FunctionProto, GraphProto, NodeProto
+from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto
 
 from onnxopt import attributes
 from onnxopt.errors import PassError
 from onnxopt.graph import GraphView, Use
 from onnxopt.model import Model
+
+_GRAPHS = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
 
 
 class BrokenGraphError(PassError):
@@ -51,7 +53,7 @@ def _verify_scope(scope: GraphProto | FunctionProto, outer: set[str], where: str
             raise BrokenGraphError(
                 f"{where}: {node.op_type} {node.name!r} reads {name!r} before it is made"
             )
-        if node.attribute:
+        if len(node.attribute) > 1 or _is_odd(node.attribute):
             _verify_attributes(node, visible, where)
         for name in node.output:
             if name in own:
@@ -64,6 +66,11 @@ def _verify_scope(scope: GraphProto | FunctionProto, outer: set[str], where: str
         name = output if isinstance(output, str) else output.name
         if name not in visible:
             raise BrokenGraphError(f"{where}: nothing makes output {name!r}")
+
+
+def _is_odd(attributes: Sequence[AttributeProto]) -> bool:
+    """Whether the only attribute, if there is one, needs a closer look."""
+    return any(not only.name or only.type in _GRAPHS for only in attributes)
 
 
 def _verify_attributes(node: NodeProto, visible: set[str], where: str) -> None:

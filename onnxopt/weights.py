@@ -183,7 +183,7 @@ def pieces(file: int, offset: int, length: int) -> Iterator[memoryview]:
 
     Each piece holds until the next is asked for. A buffer that stays in the processor's
     cache, and is not allocated anew for each piece, takes half the time that pieces of
-    megabytes take; copying between files by the system takes longer still.
+    megabytes take. To copy between files see `onnxopt.copying`.
     """
     buffer = memoryview(bytearray(min(_PIECE, max(length, 1))))
     end = offset + length
