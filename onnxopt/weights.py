@@ -51,9 +51,9 @@ SPILL = f"\0spill-{os.urandom(8).hex()}"
 HELD = f"\0held-{os.urandom(8).hex()}"
 """Locations of ours, which no model can name: the model file, the spill file, memory."""
 
-MAX_HELD = 64 << 20
+MAX_HELD = 128 << 20
 """So much of what passes wrote stays in memory; the rest is spilled (bytes)."""
-LARGE = 16 * MAX_HELD
+LARGE = 1 << 30
 """Of a model from this size on nothing stays (bytes)."""
 
 _BITS = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4}

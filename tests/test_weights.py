@@ -145,7 +145,7 @@ def test_arrays_become_the_same_payload(dtype: int, dims: tuple[int, ...]) -> No
     assert store.array(typed(dtype, dims)).dtype == store.array(tensor).dtype
 
 
-@pytest.mark.parametrize("most_held", [0, 64 << 20])
+@pytest.mark.parametrize("most_held", [0, 128 << 20])
 def test_large_arrays_leave_the_protobuf_and_come_back(
     dtype: int, most_held: int, monkeypatch: Any
 ) -> None:
