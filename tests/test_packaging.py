@@ -49,7 +49,7 @@ def sources() -> set[str]:
     folder = ROOT / "onnxopt"
     found = [*folder.rglob("*.py"), *(folder / "passes").rglob("*.py")]
     names = {path.relative_to(ROOT).as_posix() for path in found}
-    return names | {"onnxopt/py.typed"}
+    return names | {"onnxopt/py.typed", "onnxopt/schemas.json"}
 
 
 # ---- the wheel and the source distribution ----
