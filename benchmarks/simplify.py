@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -159,6 +160,7 @@ def compare(
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 target = Path(folder) / f"{name}.onnx"
+                os.sync()  # no run pays for what the one before it has written
                 try:
                     run.bares.append(process.measure("import onnx", tool.bare()))
                     command = tool.command(path, target)
