@@ -8,7 +8,7 @@ broadcasting is that of NumPy.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -65,11 +65,15 @@ class Fact:
         return bool((self.kinds >= kind).all())
 
     def along(self, axis: int, size: int) -> Fact:
-        """The fact with dims of 1 on all axes but `axis`: what holds at each index.
+        """The fact with dims of 1 on all axes but `axis`: what holds at each index."""
+        return self.over((axis,), (size,))
+
+    def over(self, axes: Sequence[int], dims: Sequence[int]) -> Fact:
+        """The same for several axes, of these sizes.
 
         Where the elements of an index differ, it is of their lowest kind, or MAP.
         """
-        others = tuple(other for other in range(self.kinds.ndim) if other != axis)
+        others = tuple(other for other in range(self.kinds.ndim) if other not in axes)
         kinds = self.kinds.min(axis=others, keepdims=True)
         values = self.values
         if any(values.shape[other] > 1 for other in others):
@@ -78,7 +82,8 @@ class Fact:
             kinds = np.where((kinds == Kind.CONST) & ~same, Kind.MAP, kinds)
             values = first
         shape = [1] * kinds.ndim
-        shape[axis] = size
+        for axis, size in zip(axes, dims, strict=True):
+            shape[axis] = size
         return Fact(
             np.broadcast_to(kinds, shape).astype(np.uint8), np.broadcast_to(values, shape)
         )

@@ -114,6 +114,8 @@ class Groups:
         self.size = 0
         # layer -> the constant that was added behind it, and its axis of channels
         self.shifts: dict[int, tuple[str, int]] = {}
+        # slots of several axes of which only whole indices may go (by id)
+        self.whole: set[int] = set()
         self._mixing: set[int] = set()
         self._constants: dict[str, Slot] = {}
         self._ties: list[tuple[Ints, Ints]] = []
@@ -229,13 +231,10 @@ class Groups:
 
     def _walk(self) -> None:
         for node in self.graph.nodes():
-            axis = self.analysis.rule(node).layer_axis
-            rank = self.analysis.rank(node.output[0]) if axis is not None else None
-            if axis is None or rank is None or self.analysis.is_constant(node.output[0]):
-                continue
-            if -rank <= axis < rank:
-                self.slot(node, "out", 0, (axis % rank,))
-                self._spread()
+            for index, axes in self.analysis.rule(node).seeds(self.analysis, node):
+                if not self.analysis.is_constant(node.output[index]):
+                    self.slot(node, "out", index, axes)
+                    self._spread()
         while self._deferred:
             waiting, self._deferred = self._deferred, []
             known = len(self.slots)
@@ -273,7 +272,10 @@ class Groups:
                 self.bar(slot, f"an inner graph reads {name!r}")
 
     def _link(self, slot: Slot, node: NodeProto, side: Side, index: int) -> None:
-        self.analysis.rule(node).link(Link(self, slot, node, side, index))
+        rule, link = self.analysis.rule(node), Link(self, slot, node, side, index)
+        rule.link(link)
+        if len(slot.axes) > 1 and not rule.keeps_rows(link):
+            self.whole.add(id(slot))
 
 
 @dataclass(frozen=True)

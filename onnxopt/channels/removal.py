@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto
 
+from onnxopt.channels import blocks
 from onnxopt.channels.decision import Decision
 from onnxopt.channels.facts import Mask
 from onnxopt.channels.groups import Component, Groups, Slot
@@ -161,14 +162,7 @@ class Removal:
         if slot.reader is None or not gone.any() or gone.all():
             return  # where all go, what reads it goes, too
         kept = (~gone).reshape(slot.dims)
-
-        def change(array: Array) -> Array:
-            for place, axis in enumerate(slot.axes):
-                others = tuple(o for o in range(kept.ndim) if o != place)
-                array = np.compress(kept.any(axis=others), array, axis)
-            return array
-
-        self.change(*slot.reader, change)
+        self.change(*slot.reader, lambda array: blocks.compress(array, slot.axes, kept))
 
     def _new_shapes(self, declared: Declared) -> dict[str, list[int | str | None]]:
         made: dict[str, list[int | str | None]] = {}
@@ -179,9 +173,8 @@ class Removal:
             if kept.all() or not kept.any():
                 continue
             dims = made.get(slot.name, list(declared.shapes[slot.name]))
-            for place, axis in enumerate(slot.axes):
-                others = tuple(o for o in range(kept.ndim) if o != place)
-                dims[axis] = int(kept.any(axis=others).sum())
+            for axis, size in zip(slot.axes, blocks.extents(kept), strict=True):
+                dims[axis] = size
             made[slot.name] = dims
         return made
 

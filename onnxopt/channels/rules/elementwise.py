@@ -80,6 +80,10 @@ class Elementwise(Rule):
         """Of an operand, what is needed of the result."""
         return [demand.onto(needs[0], a.shape(name)) for name in node.input]
 
+    def keeps_rows(self, link: Link) -> bool:
+        """Every element is handed on by itself."""
+        return True
+
     def link(self, link: Link) -> None:
         """Tie what broadcasts alike; an operand of size 1 serves every channel."""
         if link.groups.graph.opset() < 7:

@@ -61,6 +61,10 @@ class Gather(Rule):
         needed[index[demand.channels(needs[0], axis, len(index))]] = True
         return [demand.merge(NOTHING, demand.along(needed, axis, rank)), None]
 
+    def keeps_rows(self, link: Link) -> bool:
+        """Every element is handed on by itself."""
+        return True
+
     def link(self, link: Link) -> None:
         """Tie by index; other axes as they are."""
         picks = self._picks(link.analysis, link.node)

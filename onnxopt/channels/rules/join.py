@@ -76,6 +76,10 @@ class Concat(Rule):
             return [need if need.shape[axis] == 1 else None] * len(node.input)
         return [_part(need, axis, *part) for part in parts]
 
+    def keeps_rows(self, link: Link) -> bool:
+        """Every element is handed on by itself."""
+        return True
+
     def link(self, link: Link) -> None:
         """On the axis of the Concat an operand is a part of the result."""
         a, node = link.analysis, link.node
@@ -191,6 +195,10 @@ class Split(Rule):
         wanted[0] = demand.merge(NOTHING, joined)
         return wanted
 
+    def keeps_rows(self, link: Link) -> bool:
+        """Every element is handed on by itself."""
+        return True
+
     def link(self, link: Link) -> None:
         """On the axis of the Split an output is a part of the input."""
         a, node = link.analysis, link.node
@@ -304,6 +312,10 @@ class Slice(Rule):
             need = whole
         wanted[0] = demand.merge(NOTHING, need)
         return wanted
+
+    def keeps_rows(self, link: Link) -> bool:
+        """Every element is handed on by itself."""
+        return True
 
     def link(self, link: Link) -> None:
         """Outside of its range an index has no counterpart."""

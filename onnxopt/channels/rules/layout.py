@@ -10,6 +10,7 @@ import numpy as np
 from onnx import NodeProto
 
 from onnxopt import attributes
+from onnxopt.channels.blocks import extents
 from onnxopt.channels.demand import Demand
 from onnxopt.channels.facts import Fact, Mask, fact
 from onnxopt.channels.groups import Ints, Link, Restriction, Slot
@@ -134,6 +135,10 @@ class Reshape(Rule):
         swapped = [(theirs, mine) for mine, theirs in parts]
         wanted[0] = _turned(need, shapes[1], shapes[0], swapped)
         return wanted
+
+    def keeps_rows(self, link: Link) -> bool:
+        """Elements stay in their order, whatever is left of each row."""
+        return True
 
     def link(self, link: Link) -> None:
         """Pair the atoms of the block that the slot lies in; correct literal sizes."""
@@ -270,9 +275,7 @@ class ShapePatch:
             kept = removal.kept(slot).reshape(slot.dims)
             if kept.all():
                 continue
-            for place, axis in enumerate(slot.axes):
-                others = tuple(o for o in range(kept.ndim) if o != place)
-                size = int(kept.any(axis=others).sum())
+            for axis, size in zip(slot.axes, extents(kept), strict=True):
                 if (self._literals[axis] or 0) > 0:
                     self._write(removal, axis, size)
 
@@ -312,6 +315,12 @@ class Transpose(Rule):
         if perm is None or need is None or not need.ndim:
             return [need if need is None or perm is not None else None]
         return [need.transpose(np.argsort(perm).tolist())]
+
+    def keeps_rows(self, link: Link) -> bool:
+        """Where the rows are still the rows."""
+        perm = self._perm(link.analysis, link.node) or []
+        turn = perm.index if link.side == "in" else perm.__getitem__
+        return turn(link.axes[0]) < turn(link.axes[1])
 
     def link(self, link: Link) -> None:
         """Each axis at its new place."""

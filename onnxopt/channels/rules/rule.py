@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from onnxopt.channels.groups import Link, Slot
 
 
+Seed = tuple[int, tuple[int, ...]]
+"""An output of a node, by index, and axes of it."""
+
+
 class Rule:
     """An operator: by default one that mixes everything and lets nothing go.
 
@@ -38,6 +42,20 @@ class Rule:
     def link(self, link: Link) -> None:
         """Tie the slot that reaches `link.node` to the node's other slots, or bar it."""
         link.bar(f"there is no channel rule for {link.op}")
+
+    def seeds(self, a: Analysis, node: NodeProto) -> Sequence[Seed]:
+        """The outputs that it makes channels on, with the axes that count them."""
+        rank = a.rank(node.output[0]) if self.layer_axis is not None else None
+        if self.layer_axis is None or not rank or not -rank <= self.layer_axis < rank:
+            return []
+        return [(0, (self.layer_axis % rank,))]
+
+    def keeps_rows(self, link: Link) -> bool:
+        """Whether rows of the slot (indices of its first axis) may lose other columns.
+
+        Only where nothing looks at a column across the rows: see `blocks`.
+        """
+        return False
 
     def drops_operand(self, a: Analysis, node: NodeProto, slot: Slot) -> bool:
         """Whether `node` can do without an input of which all channels go."""

@@ -13,6 +13,7 @@ from onnxopt.channels.rules.layout import Reshape, Transpose
 from onnxopt.channels.rules.normalization import BatchNormalization
 from onnxopt.channels.rules.product import Gemm, MatMul
 from onnxopt.channels.rules.quantize import Quantizing
+from onnxopt.channels.rules.recurrent import Recurrent
 from onnxopt.channels.rules.rule import BARRIER, Rule
 from onnxopt.channels.rules.size import Size
 from onnxopt.channels.rules.spatial import Pad, Pool, Reduce, Resize
@@ -40,6 +41,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_REDUCTIONS.split(), Reduce()),
     **dict.fromkeys(_POOLS.split(), Pool()),
     **dict.fromkeys(("Flatten", "Reshape", "Squeeze", "Unsqueeze"), Reshape()),
+    **dict.fromkeys(("GRU", "LSTM", "RNN"), Recurrent()),
     **dict.fromkeys(("DequantizeLinear", "QuantizeLinear"), Quantizing()),
     "BatchNormalization": BatchNormalization(),
     "Concat": Concat(),
