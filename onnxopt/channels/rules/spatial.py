@@ -1,4 +1,4 @@
-"""Operators on the axes behind the channels: pools, reductions, Pad, Resize."""
+"""Operators on the axes behind the channels: pools, reductions, Pad."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from onnxopt.channels import demand
 from onnxopt.channels.demand import Demand
 from onnxopt.channels.facts import Fact, Kind, Kinds, fact
 from onnxopt.channels.groups import Link
-from onnxopt.channels.removal import Removal
 from onnxopt.channels.rules.rule import Rule
-from onnxopt.weights import Array
 
 if TYPE_CHECKING:
     from onnxopt.channels.analysis import Analysis
@@ -222,73 +220,3 @@ class Pad(Rule):
             link.bar("it pads this axis")
         else:
             link.tie(link.opposite, 0, link.axes)
-
-
-class Resize(Rule):
-    """Channels go through where their axis keeps its size; sizes are corrected."""
-
-    def _is_plain(self, node: NodeProto) -> bool:
-        """Whether what comes out at a place is a mean of what went in."""
-        mode = attributes.get(node, "mode", "nearest")
-        how = attributes.get(node, "coordinate_transformation_mode", "half_pixel")
-        return mode in ("nearest", "linear") and how != "tf_crop_and_resize"
-
-    def forward(self, a: Analysis, node: NodeProto) -> Sequence[Fact | None]:
-        """Nearest and linear keep a constant."""
-        given = a.fact(node.input[0])
-        same = a.size(node.input[0], 1) == a.size(node.output[0], 1)
-        if given is None or given.kinds.ndim < 3 or not same:
-            return [None]
-        flat = given.along(1, given.kinds.shape[1])
-        kinds = flat.kinds
-        if not self._is_plain(node):
-            kinds = np.asarray(np.where(flat.is_const, Kind.MAP, kinds), np.uint8)
-        return [fact(kinds, flat.values)]
-
-    def backward(
-        self, a: Analysis, node: NodeProto, needs: Sequence[Demand]
-    ) -> Sequence[Demand]:
-        """The channels that are needed of the result."""
-        wanted: list[Demand] = [None] * len(node.input)
-        size, rank = a.size(node.input[0], 1), a.rank(node.input[0])
-        if size is None or rank is None or a.size(node.output[0], 1) != size:
-            return wanted
-        wanted[0] = demand.along(demand.channels(needs[0], 1, size), 1, rank)
-        return wanted
-
-    def link(self, link: Link) -> None:
-        """See the class."""
-        a, node = link.analysis, link.node
-        if link.side == "in" and link.index > 0:
-            link.bar("its sizes are computed from this")
-            return
-        for axis in link.axes:
-            size = a.size(node.input[0], axis)
-            if size is None or size != a.size(node.output[0], axis) or axis > 1:
-                link.bar("it resizes this axis")
-                return
-        slot = 3 if a.graph.opset() > 10 else 2
-        sizes = link.name("in", slot)
-        if sizes:
-            array = a.graph.array(sizes)
-            if array is None or attributes.get(node, "axes") is not None:
-                link.bar("its sizes are computed")
-                return
-            given = link.slot
-
-            def patch(removal: Removal) -> None:
-                channels = int(removal.kept(given).sum())
-                removal.change(node, slot, lambda array: _with(array, 1, channels))
-
-            if link.axes == (1,):
-                link.patch(patch)
-        elif a.array(link.name("in", slot - 1)) is None:
-            link.bar("its scales are computed")
-            return
-        link.tie(link.opposite, 0, link.axes)
-
-
-def _with(array: Array, index: int, value: int) -> Array:
-    made = array.copy()
-    made[index] = value
-    return made

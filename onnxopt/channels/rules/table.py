@@ -8,15 +8,22 @@ from onnxopt import attributes
 from onnxopt.channels.rules.convolution import Conv, ConvTranspose
 from onnxopt.channels.rules.elementwise import Dropout, Elementwise, Product
 from onnxopt.channels.rules.gather import Gather
+from onnxopt.channels.rules.groups_norm import (
+    GroupNormalization,
+    InstanceNormalization,
+    Neighbours,
+)
 from onnxopt.channels.rules.join import Concat, Slice, Split
 from onnxopt.channels.rules.layout import Reshape, Transpose
 from onnxopt.channels.rules.normalization import BatchNormalization
+from onnxopt.channels.rules.pixel import PixelShuffle
 from onnxopt.channels.rules.product import Gemm, MatMul
 from onnxopt.channels.rules.quantize import Quantizing
 from onnxopt.channels.rules.recurrent import Recurrent
 from onnxopt.channels.rules.rule import BARRIER, Rule
 from onnxopt.channels.rules.size import Size
-from onnxopt.channels.rules.spatial import Pad, Pool, Reduce, Resize
+from onnxopt.channels.rules.resize import Resize
+from onnxopt.channels.rules.spatial import Pad, Pool, Reduce
 from onnxopt.graph import GraphView
 
 _UNARY = (
@@ -47,17 +54,23 @@ RULES: dict[str, Rule] = {
     "Concat": Concat(),
     "Conv": Conv(),
     "ConvTranspose": ConvTranspose(),
+    "DepthToSpace": PixelShuffle(),
     "Dropout": Dropout(),
     "Gather": Gather(),
     "Gemm": Gemm(),
+    "GroupNormalization": GroupNormalization(),
+    "InstanceNormalization": InstanceNormalization(),
+    "LRN": Neighbours(),
     "MatMul": MatMul(),
     "Mul": Product(),
     "Pad": Pad(),
     "Resize": Resize(),
     "Shape": Size(),
     "Slice": Slice(),
+    "SpaceToDepth": PixelShuffle(),
     "Split": Split(),
     "Transpose": Transpose(),
+    "Upsample": Resize(),
 }
 
 
