@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 from onnx import NodeProto
 
 from onnxopt import attributes
 from onnxopt.channels import demand
 from onnxopt.channels.demand import Demand
 from onnxopt.channels.facts import Fact, Kind, Mask, fact
-from onnxopt.channels.groups import Link
+from onnxopt.channels.groups import Ints, Link
 from onnxopt.channels.removal import Removal
 from onnxopt.channels.rules.rule import Rule
 from onnxopt.weights import Array
@@ -32,12 +31,13 @@ class GroupNormalization(Rule):
 
     drops_inputs = True
 
-    def groups(self, a: Analysis, node: NodeProto) -> npt.NDArray[np.int64] | None:
+    def groups(self, a: Analysis, node: NodeProto) -> Ints | None:
         """The group of each channel; None where the channels are not known."""
         size, count = a.size(node.input[0], 1), attributes.get(node, "num_groups", 0)
         if size is None or not count or size % count:
             return None
-        return np.arange(size) // (size // count)
+        found: Ints = np.arange(size) // (size // count)
+        return found
 
     def parameters(self, a: Analysis, node: NodeProto) -> tuple[Array, Array] | None:
         """Scale and bias of each channel; None where they are not constant."""
@@ -107,7 +107,7 @@ class GroupNormalization(Rule):
         sizes = [a.size(name, 0) for name in node.input[1:3]]
         return all(size == a.size(node.input[0], 1) for size in sizes)
 
-    def _link_channels(self, link: Link, groups: npt.NDArray[np.int64]) -> None:
+    def _link_channels(self, link: Link, groups: Ints) -> None:
         node, slot = link.node, link.slot
         link.tie(link.opposite, 0, (1,))
         first = np.searchsorted(groups, groups)
@@ -133,7 +133,7 @@ class GroupNormalization(Rule):
 class InstanceNormalization(GroupNormalization):
     """Each channel is a group of its own."""
 
-    def groups(self, a: Analysis, node: NodeProto) -> npt.NDArray[np.int64] | None:
+    def groups(self, a: Analysis, node: NodeProto) -> Ints | None:
         """As many as channels."""
         size = a.size(node.input[0], 1)
         return None if size is None else np.arange(size)
@@ -154,7 +154,7 @@ class InstanceNormalization(GroupNormalization):
             link.tie("in", index, (0,), here=np.arange(slot.size), there=groups)
 
 
-def _any(mask: Mask, groups: npt.NDArray[np.int64]) -> Mask:
+def _any(mask: Mask, groups: Ints) -> Mask:
     """For each channel whether any of its group is in `mask`."""
     found = np.zeros(int(groups[-1]) + 1, bool)
     np.logical_or.at(found, groups, mask)

@@ -1,4 +1,4 @@
-"""DepthToSpace and SpaceToDepth: a channel on one side is a block of them on the other."""
+"""DepthToSpace and SpaceToDepth: a channel of one side is a block of the other."""
 
 from __future__ import annotations
 

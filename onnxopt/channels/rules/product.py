@@ -44,8 +44,9 @@ class MatMul(Layer):
 
     def geometry(self, a: Analysis, node: NodeProto) -> Geometry | None:
         """See Layer."""
-        rank, given = a.rank(node.input[1]), a.rank(node.input[0])
-        if not a.is_constant(node.input[1]) or rank is None or rank < 2 or not given:
+        name = node.input[self.weight_slot]
+        rank, given = a.rank(name), a.rank(node.input[0])
+        if not a.is_constant(name) or rank is None or rank < 2 or not given:
             return None
         # what a constant adds differs from matrix to matrix of a stack of them
         return Geometry(-1, -1, rank - 1, rank - 2, spreads=rank > 2)

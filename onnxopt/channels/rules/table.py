@@ -20,9 +20,9 @@ from onnxopt.channels.rules.pixel import PixelShuffle
 from onnxopt.channels.rules.product import Gemm, MatMul
 from onnxopt.channels.rules.quantize import Quantizing
 from onnxopt.channels.rules.recurrent import Recurrent
+from onnxopt.channels.rules.resize import Resize
 from onnxopt.channels.rules.rule import BARRIER, Rule
 from onnxopt.channels.rules.size import Size
-from onnxopt.channels.rules.resize import Resize
 from onnxopt.channels.rules.spatial import Pad, Pool, Reduce
 from onnxopt.graph import GraphView
 
