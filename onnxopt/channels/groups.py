@@ -241,11 +241,21 @@ class Groups:
             for slot, node, side, index in waiting:
                 self._link(slot, node, side, index)
                 self._spread()
+            if self._deferred and len(self.slots) == known:
+                self._seed_inputs()
             if self._deferred and len(self.slots) == known:  # none knows more: one has to
                 self._is_last_call = True
                 self._link(*self._deferred.pop(0))
                 self._is_last_call = False
                 self._spread()
+
+    def _seed_inputs(self) -> None:
+        """What layers read has channels where they say, whoever made it."""
+        for node in self.graph.nodes():
+            for index, axes in self.analysis.rule(node).sources(self.analysis, node):
+                if not self.analysis.is_constant(node.input[index]):
+                    self.slot(node, "in", index, axes)
+                    self._spread()
 
     def _spread(self) -> None:
         while self._queue:

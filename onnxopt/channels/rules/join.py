@@ -34,34 +34,49 @@ def _axis(a: Analysis, node: NodeProto, name: str, default: int) -> int | None:
 
 
 class Concat(Rule):
-    """Channels side by side; an operand of which all go is left out."""
+    """Channels side by side; an operand of which all go is left out.
+
+    Operands stand from input `first` on, each with `stride` - 1 parameters behind it.
+    """
+
+    first, stride = 0, 1
+
+    def _operands(self, node: NodeProto) -> list[str]:
+        return list(node.input[self.first :: self.stride])
+
+    def facts(self, a: Analysis, node: NodeProto) -> list[Fact | None]:
+        """What is known of each operand."""
+        return [a.fact(name) for name in self._operands(node)]
+
+    def result(self, a: Analysis, node: NodeProto, made: Fact | None) -> Fact | None:
+        """The fact of the output, from the operands' side by side."""
+        return made
 
     def _parts(
         self, a: Analysis, node: NodeProto, axis: int
     ) -> list[tuple[int, int]] | None:
         """Where each operand lies in the result."""
-        sizes = [a.size(name, axis) for name in node.input]
+        sizes = [a.size(name, axis) for name in self._operands(node)]
         known = [size for size in sizes if size is not None]
         return _ends(known) if len(known) == len(sizes) else None
 
     def forward(self, a: Analysis, node: NodeProto) -> Sequence[Fact | None]:
         """The operands' facts side by side."""
-        facts = [a.fact(name) for name in node.input]
+        facts = self.facts(a, node)
         first = next((item for item in facts if item is not None), None)
         axis = _axis(a, node, node.output[0], 1)
         if first is None or axis is None:
             return [None]
         rank, parts = first.kinds.ndim, self._parts(a, node, axis)
         if parts is None:
-            return [_alike(facts, axis, rank)]
+            return [self.result(a, node, _alike(facts, axis, rank))]
         kinds = [DYNAMIC if item is None else item.kinds for item in facts]
         values = [
             np.ones((), first.values.dtype) if item is None else item.values
             for item in facts
         ]
-        return [
-            fact(_joined(kinds, parts, axis, rank), _joined(values, parts, axis, rank))
-        ]
+        made = fact(_joined(kinds, parts, axis, rank), _joined(values, parts, axis, rank))
+        return [self.result(a, node, made)]
 
     def backward(
         self, a: Analysis, node: NodeProto, needs: Sequence[Demand]
@@ -72,9 +87,13 @@ class Concat(Rule):
         if axis is None or need is None or not need.ndim:
             return wanted
         parts = self._parts(a, node, axis)
-        if need.shape[axis] == 1 or parts is None:
-            return [need if need.shape[axis] == 1 else None] * len(node.input)
-        return [_part(need, axis, *part) for part in parts]
+        if parts is None and need.shape[axis] != 1:
+            return wanted
+        for place in range(len(self._operands(node))):
+            whole = need.shape[axis] == 1
+            made = need if whole or parts is None else _part(need, axis, *parts[place])
+            wanted[self.first + place * self.stride] = made
+        return wanted
 
     def keeps_rows(self, link: Link) -> bool:
         """Every element is handed on by itself."""
@@ -85,9 +104,12 @@ class Concat(Rule):
         a, node = link.analysis, link.node
         axis = _axis(a, node, node.output[0], 1)
         parts = self._parts(a, node, axis) if axis is not None else None
-        if axis is not None and axis not in link.axes:
+        if link.side == "in" and not self._is_operand(link.index):
+            link.bar("it is a scale")
+        elif axis is not None and axis not in link.axes:
             for side, index in link.ports():
-                link.tie(side, index, link.axes)
+                if side == "out" or self._is_operand(index):
+                    link.tie(side, index, link.axes)
         elif axis is None or parts is None:
             link.bar("the sizes of its operands are not known")
         elif len(link.axes) > 1:
@@ -95,18 +117,32 @@ class Concat(Rule):
         else:
             self._tie_parts(link, axis, parts)
 
+    def _is_operand(self, index: int) -> bool:
+        return index >= self.first and (index - self.first) % self.stride == 0
+
     def _tie_parts(self, link: Link, axis: int, parts: Sequence[tuple[int, int]]) -> None:
         node = link.node
         if link.side == "in":
-            start, stop = parts[link.index]
+            start, stop = parts[(link.index - self.first) // self.stride]
             span = np.arange(start, stop)
             link.tie("out", 0, (axis,), here=span - start, there=span)
             return
         slots: list[Slot | None] = []
-        for index, (start, stop) in enumerate(parts):
-            span = np.arange(start, stop)
+        for place, (start, stop) in enumerate(parts):
+            span, index = np.arange(start, stop), self.first + place * self.stride
             slots.append(link.tie("in", index, (axis,), here=span, there=span - start))
-        link.patch(lambda removal: _leave_out(removal, node, slots))
+        link.patch(lambda removal: self._leave_out(removal, node, slots))
+
+    def _leave_out(
+        self, removal: Removal, node: NodeProto, slots: Sequence[Slot | None]
+    ) -> None:
+        stays = list(node.input[: self.first])
+        for place, slot in enumerate(slots):
+            if slot is None or removal.kept(slot).any():
+                index = self.first + place * self.stride
+                stays += node.input[index : index + self.stride]
+        if len(stays) < len(node.input):
+            removal.edit.set_inputs(node, stays)
 
     def drops_operand(self, a: Analysis, node: NodeProto, slot: Slot) -> bool:
         """Whether an operand without channels can be left out."""
@@ -123,16 +159,6 @@ def _alike(facts: Sequence[Fact | None], axis: int, rank: int) -> Fact | None:
         np.logical_and, [np.asarray(item.values == values) for item in known]
     )
     return fact(np.where((kinds == Kind.CONST) & ~same, Kind.MAP, kinds), values)
-
-
-def _leave_out(removal: Removal, node: NodeProto, slots: Sequence[Slot | None]) -> None:
-    stays = [
-        name
-        for name, slot in zip(node.input, slots, strict=True)
-        if slot is None or removal.kept(slot).any()
-    ]
-    if len(stays) < len(node.input):
-        removal.edit.set_inputs(node, stays)
 
 
 def _joined(

@@ -17,7 +17,7 @@ from onnxopt.channels.facts import Fact, Kind, Mask, computed
 from onnxopt.channels.groups import Link, Side, Slot
 from onnxopt.channels.removal import CannotRemove, Removal, check_fits
 from onnxopt.channels.rules.matrix import Floats, Geometry, Matrix
-from onnxopt.channels.rules.rule import Rule
+from onnxopt.channels.rules.rule import Rule, Seed
 from onnxopt.channels.rules.sinks import BorderSink, LayerSink
 from onnxopt.weights import Array
 
@@ -179,6 +179,11 @@ class Layer(Rule):
         return matrix.live(demand.channels(need, g.result, len(matrix.rows)))
 
     # ---- groups ----
+
+    def sources(self, a: Analysis, node: NodeProto) -> Sequence[Seed]:
+        """The axis of the data that the weight is multiplied along."""
+        g, rank = self.geometry(a, node), a.rank(node.input[0])
+        return [] if g is None or not rank else [(0, (g.data % rank,))]
 
     def link(self, link: Link) -> None:
         """Output channels are the weight's, input channels end here."""

@@ -50,6 +50,10 @@ class Rule:
             return []
         return [(0, (self.layer_axis % rank,))]
 
+    def sources(self, a: Analysis, node: NodeProto) -> Sequence[Seed]:
+        """The inputs whose channels it mixes, with the axes that count them."""
+        return []
+
     def keeps_rows(self, link: Link) -> bool:
         """Whether rows of the slot (indices of its first axis) may lose other columns.
 

@@ -13,6 +13,19 @@ from onnxopt.channels.rules.groups_norm import (
     InstanceNormalization,
     Neighbours,
 )
+from onnxopt.channels.rules.integer_elementwise import (
+    QLinear,
+    QLinearConcat,
+    QLinearPool,
+    QLinearProduct,
+)
+from onnxopt.channels.rules.integer_layers import (
+    DynamicQuantize,
+    IntegerConv,
+    IntegerMatMul,
+    QLinearConv,
+    QLinearMatMul,
+)
 from onnxopt.channels.rules.join import Concat, Slice, Split
 from onnxopt.channels.rules.layout import Reshape, Transpose
 from onnxopt.channels.rules.normalization import BatchNormalization
@@ -42,6 +55,16 @@ _REDUCTIONS = (
 )
 _POOLS = "AveragePool GlobalAveragePool GlobalLpPool GlobalMaxPool LpPool MaxPool"
 
+_MICROSOFT: dict[str, Rule] = {
+    "QLinearAdd": QLinear(operands=2),
+    "QLinearAveragePool": QLinearPool(),
+    "QLinearConcat": QLinearConcat(),
+    "QLinearGlobalAveragePool": QLinearPool(),
+    "QLinearLeakyRelu": QLinear(operands=1),
+    "QLinearMul": QLinearProduct(operands=2),
+    "QLinearSigmoid": QLinear(operands=1),
+}
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_UNARY.split(), Elementwise()),
     **dict.fromkeys(_BROADCASTING.split(), Elementwise()),
@@ -55,15 +78,20 @@ RULES: dict[str, Rule] = {
     "Conv": Conv(),
     "ConvTranspose": ConvTranspose(),
     "DepthToSpace": PixelShuffle(),
+    "ConvInteger": IntegerConv(),
     "Dropout": Dropout(),
+    "DynamicQuantizeLinear": DynamicQuantize(),
     "Gather": Gather(),
     "Gemm": Gemm(),
     "GroupNormalization": GroupNormalization(),
     "InstanceNormalization": InstanceNormalization(),
     "LRN": Neighbours(),
     "MatMul": MatMul(),
+    "MatMulInteger": IntegerMatMul(),
     "Mul": Product(),
     "Pad": Pad(),
+    "QLinearConv": QLinearConv(),
+    "QLinearMatMul": QLinearMatMul(),
     "Resize": Resize(),
     "Shape": Size(),
     "Slice": Slice(),
@@ -71,6 +99,7 @@ RULES: dict[str, Rule] = {
     "Split": Split(),
     "Transpose": Transpose(),
     "Upsample": Resize(),
+    **{f"com.microsoft::{name}": rule for name, rule in _MICROSOFT.items()},
 }
 
 
