@@ -961,3 +961,108 @@ def test_unread_channels_of_a_dynamic_range_stay(shrink: Callable[..., Model]) -
     net = dynamic("MatMulInteger", [])
     net.weights["V"][[1, 4]] = 60
     assert dims(shrink(net.model()))["W"] == [3, 5]
+
+
+# ---- sums ----
+
+
+@pytest.mark.parametrize("op_type", ["ReduceSum", "ReduceL1", "ReduceL2", "ReduceMean"])
+@pytest.mark.parametrize("constant", [0.0, 0.5])
+@pytest.mark.parametrize("axes", [(1,), (1, 2, 3), (1, -1)])
+def test_sums_over_channels(
+    op_type: str, constant: float, axes: Sequence[int], shrink: Callable[..., Model]
+) -> None:
+    """A zero adds nothing; a constant can be added behind a plain sum."""
+    net = between(4, [1, 3], bias=constant)
+    if op_type == "ReduceSum":
+        net.weight("axes", np.array(axes))
+        net.add(op_type, "t axes")
+    else:
+        net.add(op_type, "t", axes=axes)
+    left = 4
+    if op_type == "ReduceSum" or (op_type != "ReduceMean" and not constant):
+        left = 2
+    found = dims(shrink(net.model(y=4)))
+    assert found["W"][0] == found["b"][0] == left
+
+
+def test_a_sum_over_an_open_size(shrink: Callable[..., Model]) -> None:
+    """How often a constant counts depends on the input."""
+    net = between(4, [1, 3], bias=[0, 0.5])
+    net.inputs["x"] = ("N", 3, "H", 4)
+    net.weight("axes", np.array([1, 2]))
+    net.add("ReduceSum", "t axes")
+    assert dims(shrink(net.model(y=4)))["W"][0] == 3
+
+
+@pytest.mark.parametrize("op_type", ["ReduceMax", "ReduceMean", "ReduceLogSumExp"])
+def test_reductions_that_count_zeros(
+    op_type: str, reasons: Callable[..., list[str | None]]
+) -> None:
+    """Each says why."""
+    net = between(4, [1, 3])
+    net.add(op_type, "t", axes=[1])
+    found = reasons(net.model(y=4), "t")
+    assert all(f"({op_type}:y)" in str(reason) for reason in found)
+
+
+# ---- values of a single channel ----
+
+
+@pytest.mark.parametrize("case", ["concat", "flatten", "reshape", "gate"])
+def test_a_value_of_one_channel_goes(case: str, shrink: Callable[..., Model]) -> None:
+    """Through an Add, to a Concat that leaves it out; a gate of one channel stays."""
+    net = Net(x=("N", 3, 4, 4))
+    net.weight("W", net.random("W", 3, 3, 1, 1))
+    net.weight("U", np.zeros((1, 3, 1, 1)))
+    net.weight("k", [0.7])
+    net.weight("s1", np.array([0, 1, 16]))
+    net.weight("s3", np.array([0, 3, 16]))
+    net.add("Conv", "x W", "t")
+    net.add("Conv", "x U", "u")
+    net.add("Add", "u k", "v")
+    rank = {"concat": 4, "gate": 4, "reshape": 3, "flatten": 2}[case]
+    net.weight("V", net.random("V", 2, {2: 64, 3: 4}.get(rank, 4), *[1] * (rank - 2)))
+    if case in ("concat", "gate"):
+        net.add("Concat", "t v", "p", axis=1)
+    elif case == "flatten":
+        net.add("Flatten", "t", "tf")
+        net.add("Flatten", "v", "vf")
+        net.add("Concat", "tf vf", "p", axis=1)
+    else:
+        net.add("Reshape", "t s3", "tf")
+        net.add("Reshape", "v s1", "vf")
+        net.add("Concat", "tf vf", "p", axis=1)
+    if case == "flatten":
+        net.add("Gemm", "p V", "c", transB=1)
+    else:
+        net.add("Conv", "p V", "c")
+    if case == "gate":
+        net.add("Mul", "c v")
+    else:
+        net.add("Identity", "c")
+    found = dims(shrink(net.model(y=rank)))
+    assert ("U" in found) == (case == "gate")
+    if case != "gate":
+        assert found["V"][1] == (48 if case == "flatten" else 3)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_gemm_that_does_not_read_its_bias(
+    bias: bool, shrink: Callable[..., Model]
+) -> None:
+    """beta = 0: what a constant adds becomes a bias that it does read."""
+    net = Net(x=("N", 3))
+    first = net.random("W", 3, 4)
+    first[:, [1, 2]] = 0
+    net.weight("W", first)
+    net.weight("b", [1, 2, 0, 4.0])
+    net.weight("V", net.random("V", 4, 2))
+    net.weight("c", [5, 6.0])
+    net.add("Gemm", "x W b", "t")
+    net.add("Gemm", "t V c" if bias else "t V", beta=0.0)
+    if not bias:
+        del net.weights["c"]
+    found = dims(shrink(net.model(y=2)))
+    assert found["W"] == [3, 2]
+    assert found["V"] == [2, 2]

@@ -112,7 +112,12 @@ class Elementwise(Rule):
             return
         own = [axis - (total - len(dims)) for axis in axes]
         sizes = [dims[axis] if axis >= 0 else 1 for axis in own]
-        if all(size == 1 for size in sizes) and side == "in":
+        is_single = all(size == 1 for size in sizes)
+        if is_single and link.slot.size == 1:  # all there is on both sides
+            if side == "out" or not link.analysis.is_constant(link.name(side, index)):
+                link.tie(side, index, own)
+            return
+        if is_single and side == "in":
             return
         if any(size == 1 for size in sizes):
             link.bar("an operand has some of its axes only")

@@ -183,6 +183,7 @@ class Reshape(Rule):
             axes = [axis for slot in covered for axis in slot.axes]
         elif len(axes) > 1 and link.groups.defer(link):
             return  # a layer may tell which of these axes holds the channels
+        axes = axes or list(theirs[:1])
         if not axes:
             link.bar("nothing is left of the axis")
             return
@@ -273,7 +274,7 @@ class ShapePatch:
         assert self._literals is not None
         for slot in removal.groups.slots_of(name):
             kept = removal.kept(slot).reshape(slot.dims)
-            if kept.all():
+            if kept.all() or not kept.any():
                 continue
             for axis, size in zip(slot.axes, extents(kept), strict=True):
                 if (self._literals[axis] or 0) > 0:

@@ -14,6 +14,7 @@ from onnxopt.channels.demand import Demand
 from onnxopt.channels.facts import Fact, Kind, Kinds, fact
 from onnxopt.channels.groups import Link
 from onnxopt.channels.rules.rule import Rule
+from onnxopt.channels.rules.sums import WHY_NOT, SumSink
 
 if TYPE_CHECKING:
     from onnxopt.channels.analysis import Analysis
@@ -143,12 +144,21 @@ class Reduce(Rule):
             own = [left[axis] for axis in link.axes]
         else:
             own = list(link.axes)
-        if any(axis in axes for axis in own):
+        if link.side == "in" and all(axis in axes for axis in own):
+            self._link_reduced(link, axes)
+        elif any(axis in axes for axis in own):
             link.bar("it reduces this axis")
         elif link.side == "out":
             link.tie("in", 0, own)
         else:
             link.tie("out", 0, [left.index(axis) for axis in own])
+
+    def _link_reduced(self, link: Link, axes: tuple[int, ...]) -> None:
+        """What is added up can do without zeros."""
+        if link.op in _OF_ZEROS:
+            link.sink(SumSink(link, axes))
+        else:
+            link.bar(f"it reduces this axis: {WHY_NOT[link.op]}")
 
 
 _OF_ZEROS = frozenset({"ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare"})
