@@ -1066,3 +1066,101 @@ def test_a_gemm_that_does_not_read_its_bias(
     found = dims(shrink(net.model(y=2)))
     assert found["W"] == [3, 2]
     assert found["V"] == [2, 2]
+
+
+# ---- inner graphs and functions ----
+
+
+def pair() -> ModelProto:
+    """Two layers with two dead channels between them."""
+    net = between(5, [1, 3], bias=0.5)
+    net.add("Relu", "t", "p")
+    return close(net, 5)
+
+
+def sizes(model: Model) -> dict[str, list[list[int]]]:
+    """The dims of weights in every scope, by name."""
+    found: dict[str, list[list[int]]] = {}
+    for graph in support.graphs(model.proto):
+        for tensor in graph.initializer:
+            found.setdefault(tensor.name, []).append(list(tensor.dims))
+        for node in graph.node:
+            if node.op_type == "Constant":
+                found.setdefault(node.output[0], []).append(
+                    list(node.attribute[0].t.dims)
+                )
+    return found
+
+
+@pytest.mark.parametrize("wrap", [support.in_branches, support.in_loop])
+def test_layers_inside(
+    wrap: Callable[[ModelProto], ModelProto], shrink: Callable[..., Model]
+) -> None:
+    """Branches and bodies shrink as the main graph does."""
+    source = pair()
+    found = sizes(shrink(wrap(source)))
+    assert all(size[0] == 3 for name in "Wb" for size in found[name])
+    assert all(size[1] == 3 for size in found["V"])
+
+
+def test_a_loop_over_weights_from_outside(shrink: Callable[..., Model]) -> None:
+    """They are read in the body alone, and shrink with it."""
+    source = support.in_loop(pair())
+    body = next(n for n in source.graph.node if n.op_type == "Loop").attribute[0].g
+    source.graph.initializer.extend(body.initializer)
+    del body.initializer[:]
+    found = sizes(shrink(source))
+    assert all(5 not in size for each in found.values() for size in each)
+
+
+def test_a_scan(shrink: Callable[..., Model]) -> None:
+    """Its body is a graph like any other; what runs through it keeps its size."""
+    body = pair().graph
+    body.node.append(helper.make_node("Identity", ["state"], ["next"]))
+    value = helper.make_tensor_value_info
+    body.input.insert(0, value("state", 1, [1]))
+    body.output.insert(0, value("next", 1, [1]))
+    outer = helper.make_graph(
+        [helper.make_node("Scan", ["s", "xs"], ["e", "y"], body=body, num_scan_inputs=1)],
+        "main",
+        [value("s", 1, [1]), value("xs", 1, ["T", 2, 3, 4, 4])],
+        [value("e", 1, [1]), value("y", 1, [None] * 5)],
+    )
+    source = helper.make_model(
+        outer, ir_version=8, opset_imports=[helper.make_opsetid("", 17)]
+    )
+    found = sizes(shrink(source))
+    assert found["W"][0][0] == found["V"][0][1] == 3
+
+
+def test_a_value_that_an_inner_graph_reads_stays(
+    shrink: Callable[..., Model], reasons: Callable[..., list[str | None]]
+) -> None:
+    """Captured by a branch: all its channels stay, and the reason says so."""
+    net = between(5, [1, 3])
+    net.inputs["c"] = (1,)
+    net.kinds["c"] = TensorProto.BOOL
+    net.weight("V", net.random("V", 2, 5, 1, 1))
+    net.add("Conv", "t V", "z")
+    value = helper.make_tensor_value_info
+    branches = {}
+    for label, op_type in (("then_branch", "Neg"), ("else_branch", "Abs")):
+        node = helper.make_node(op_type, ["t"], [f"{op_type}_t"])
+        out = value(f"{op_type}_t", 1, [None] * 4)
+        branches[label] = helper.make_graph([node], label, [], [out])
+    net.weight("flat", np.array([], np.int64))
+    net.add("Reshape", "c flat", "cond")
+    net.add("If", "cond", "y", **branches)
+    source = net.model(y=4, z=4)
+    assert dims(shrink(source))["W"][0] == 5
+    assert set(reasons(source, "t")) == {"an inner graph reads 't'"}
+
+
+def test_a_function_is_declined_and_inlined_shrinks(shrink: Callable[..., Model]) -> None:
+    """No size is known in its body, which the report says; called inline, all goes."""
+    source = support.in_function(pair())
+    model = shrink(source)
+    assert model.ledger.edits == 0
+    assert any("function's body" in skip.reason for skip in support.skips(model))
+    found = sizes(shrink(source, "inline-functions,zero-channels"))
+    assert all(5 not in size for each in found.values() for size in each)
