@@ -468,6 +468,29 @@ def test_directions_that_change_places(shrink: Callable[..., Model]) -> None:
     check_units(shrink(net.model()), "GRU", 2, HIDDEN - 1)
 
 
+@pytest.mark.parametrize("op_type", ["Slice", "Split", "Concat", "Gather"])
+def test_steps_are_picked(op_type: str, shrink: Callable[..., Model]) -> None:
+    """Along the steps, units of both directions go through."""
+    net = recurrent("GRU", [(1, 4), (0, 2)])
+    net.inputs["x"] = (4, "N", 5)
+    net.weight("i", np.array([3]))
+    net.weight("j", np.array([4]))
+    net.weight("two", np.array([2, 2]))
+    net.weight("zero", np.array([0]))
+    match op_type:
+        case "Slice":
+            net.add("Slice", "Y i j zero", "Z")
+        case "Split":
+            net.add("Split", "Y two", "Z rest", axis=0)
+        case "Concat":
+            net.add("Concat", "Y Y", "Z", axis=0)
+        case "Gather":
+            net.add("Gather", "Y i", "Z", axis=0)
+    read_all(net, 2)
+    net.nodes[-3].input[0] = "Z"
+    check_units(shrink(net.model()), "GRU", 2, HIDDEN - 2)
+
+
 @pytest.mark.parametrize("literal", [2 * HIDDEN, -1])
 def test_literal_sizes(literal: int, shrink: Callable[..., Model]) -> None:
     """The shape that a Reshape is given follows, and what the model declares."""
@@ -492,6 +515,29 @@ def test_weights_that_are_inputs_stay(reasons: Callable[..., list[str | None]]) 
     net.inputs["R"] = net.weights.pop("R").shape
     source = read_all(net, 1).model()
     assert all("not constant" in str(reason) for reason in reasons(source, "Y"))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_cells(seed: int, shrink: Callable[..., Model]) -> None:
+    """As many units go as the shorter list of dead ones says, and never all of them."""
+    draw = np.random.default_rng(seed)
+    op_type = str(draw.choice(list(GATES)))
+    ways, hidden = int(draw.integers(1, 3)), int(draw.integers(2, 9))
+    dead = [np.flatnonzero(draw.random(hidden) < draw.random()) for _ in range(ways)]
+    dead = [units[: hidden - 1] for units in dead]
+    net = recurrent(op_type, dead, hidden=hidden)
+    gates = GATES[op_type]
+    table = net.weights["R"].reshape(ways, gates, hidden, hidden)
+    for way, units in enumerate(dead):  # they may read one another
+        rows = draw.random((len(units), len(units))).astype(np.float32)
+        table[way, CANDIDATE[op_type]][np.ix_(units, units)] = rows
+    if draw.random() < 0.5:
+        net.opset = 14
+    read_all(net, ways, hidden)
+    model = shrink(net.model())
+    left = hidden - min(len(units) for units in dead)
+    check_units(model, op_type, ways, left)
+    assert dims(model)["V"] == [ways * left, 3]
 
 
 # ---- operators between two layers ----

@@ -62,8 +62,9 @@ class Gather(Rule):
         return [demand.merge(NOTHING, demand.along(needed, axis, rank)), None]
 
     def keeps_rows(self, link: Link) -> bool:
-        """Every element is handed on by itself."""
-        return True
+        """Where it picks along another axis."""
+        picks = self._picks(link.analysis, link.node)
+        return picks is not None and picks[0] not in link.axes
 
     def link(self, link: Link) -> None:
         """Tie by index; other axes as they are."""

@@ -96,8 +96,9 @@ class Concat(Rule):
         return wanted
 
     def keeps_rows(self, link: Link) -> bool:
-        """Every element is handed on by itself."""
-        return True
+        """Where it joins along another axis."""
+        axis = _axis(link.analysis, link.node, link.node.output[0], 1)
+        return axis is not None and axis not in link.axes
 
     def link(self, link: Link) -> None:
         """On the axis of the Concat an operand is a part of the result."""
@@ -222,8 +223,9 @@ class Split(Rule):
         return wanted
 
     def keeps_rows(self, link: Link) -> bool:
-        """Every element is handed on by itself."""
-        return True
+        """Where it splits along another axis."""
+        axis = _axis(link.analysis, link.node, link.node.input[0], 0)
+        return axis is not None and axis not in link.axes
 
     def link(self, link: Link) -> None:
         """On the axis of the Split an output is a part of the input."""
@@ -340,8 +342,9 @@ class Slice(Rule):
         return wanted
 
     def keeps_rows(self, link: Link) -> bool:
-        """Every element is handed on by itself."""
-        return True
+        """Where it takes ranges of other axes."""
+        ranges = self.ranges(link.analysis, link.node)
+        return ranges is not None and not set(ranges) & set(link.axes)
 
     def link(self, link: Link) -> None:
         """Outside of its range an index has no counterpart."""
