@@ -312,6 +312,27 @@ def test_recurrent_opsets(opset: int, shrink: Callable[..., Model]) -> None:
     check_units(shrink(read_all(net, 1).model()), "LSTM", 1, HIDDEN - 2)
 
 
+def test_units_that_are_read_by_way_of_another(shrink: Callable[..., Model]) -> None:
+    """The layer reads 1 alone, which reads 3, which reads 0; 5 reads all."""
+    net = read_all(recurrent("LSTM", [()]), 1)
+    net.weights["V"][[0, 2, 3, 4, 5]] = 0
+    rows = net.weights["R"].reshape(4, HIDDEN, HIDDEN)
+    rows[:, :5] = 0
+    rows[0, 1, 3] = rows[1, 3, 0] = 1
+    check_units(shrink(net.model()), "LSTM", 1, 3)
+
+
+def test_two_units_that_change_places(shrink: Callable[..., Model]) -> None:
+    """Each unit is dead in one direction: behind a Transpose their order differs."""
+    net = recurrent("RNN", [(0,), (1,)], hidden=2)
+    net.add("Transpose", "Y", "t", perm=[0, 2, 3, 1])
+    net.weight("flat", np.array([0, 0, -1]))
+    net.add("Reshape", "t flat", "f")
+    net.weight("V", net.random("V", 4, 3))
+    net.add("MatMul", "f V")
+    check_units(shrink(net.model()), "RNN", 2, 2)
+
+
 STATES = {
     "zeros": (np.zeros((1, 1, HIDDEN)), HIDDEN - 2, True),
     "numbers": (np.array([[[1, 0, 2, 3, 0, 4.0]]]), HIDDEN - 2, False),
@@ -617,6 +638,19 @@ def test_upsample(opset: int, mode: str, shrink: Callable[..., Model]) -> None:
     check_pair(shrink(close(net, 4)), 2)
 
 
+@pytest.mark.parametrize("op_type", ["Resize", "Upsample"])
+def test_scales_that_mix_channels(op_type: str, shrink: Callable[..., Model]) -> None:
+    """Four channels are four by a factor of 1.125, but not the same four."""
+    net = between(4, [1, 3], opset=7 if op_type == "Upsample" else 17)
+    scales = [1.0, 1.125, 2.0, 2.0]
+    if op_type == "Upsample":
+        net.add("Upsample", "t", "p", mode="nearest", scales=scales)
+    else:
+        net.weight("s", scales)
+        net.add("Resize", "t _ s", "p", mode="nearest")
+    check_pair(shrink(close(net, 4)), 4)
+
+
 def test_resize_by_computed_sizes(shrink: Callable[..., Model]) -> None:
     """The number of channels stands in a Concat, where it is corrected."""
     net = between(4, [1, 3], bias=0.5)
@@ -673,6 +707,17 @@ def test_group_norm_with_scales_of_zero(shrink: Callable[..., Model]) -> None:
         net.weight("shift", net.random("shift", 6))
         net.add("GroupNormalization", "t scale shift", "p", num_groups=3)
         check_pair(shrink(close(net, 6)), left)
+
+
+def test_a_zero_beside_what_is_not_read(shrink: Callable[..., Model]) -> None:
+    """Of a group, one is zero, and the other is not needed: what both make is needed."""
+    net = between(6, (2,), opset=21)
+    net.weight("scale", net.random("scale", 6))
+    net.weight("shift", net.random("shift", 6))
+    net.add("GroupNormalization", "t scale shift", "p", num_groups=3)
+    close(net, 6)
+    net.weights["V"][:, 3] = 0
+    check_pair(shrink(net.model(y=4)), 6)
 
 
 @pytest.mark.parametrize("constant", [0.0, 3.0])
@@ -1004,9 +1049,10 @@ def test_dynamically_quantized(
 
 def test_unread_channels_of_a_dynamic_range_stay(shrink: Callable[..., Model]) -> None:
     """They decide about the scale of all."""
-    net = dynamic("MatMulInteger", [])
-    net.weights["V"][[1, 4]] = 60
-    assert dims(shrink(net.model()))["W"] == [3, 5]
+    for dead in ([], [1, 4]):
+        net = dynamic("MatMulInteger", dead, 9.0)
+        net.weights["V"][[1, 4]] = 60
+        assert dims(shrink(net.model()))["W"] == [3, 5]
 
 
 # ---- sums ----

@@ -62,9 +62,9 @@ class Gather(Rule):
         return [demand.merge(NOTHING, demand.along(needed, axis, rank)), None]
 
     def keeps_rows(self, link: Link) -> bool:
-        """Where it picks along another axis."""
-        picks = self._picks(link.analysis, link.node)
-        return picks is not None and picks[0] not in link.axes
+        """Where it picks whole rows, or along another axis."""
+        rank = link.analysis.rank(link.node.input[0]) or 1
+        return attributes.get(link.node, "axis", 0) % rank not in link.axes[1:]
 
     def link(self, link: Link) -> None:
         """Tie by index; other axes as they are."""

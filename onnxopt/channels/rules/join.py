@@ -96,9 +96,9 @@ class Concat(Rule):
         return wanted
 
     def keeps_rows(self, link: Link) -> bool:
-        """Where it joins along another axis."""
+        """Where it joins rows, or along another axis."""
         axis = _axis(link.analysis, link.node, link.node.output[0], 1)
-        return axis is not None and axis not in link.axes
+        return axis is not None and axis not in link.axes[1:]
 
     def link(self, link: Link) -> None:
         """On the axis of the Concat an operand is a part of the result."""
@@ -223,9 +223,9 @@ class Split(Rule):
         return wanted
 
     def keeps_rows(self, link: Link) -> bool:
-        """Where it splits along another axis."""
+        """Where it parts rows, or along another axis."""
         axis = _axis(link.analysis, link.node, link.node.input[0], 0)
-        return axis is not None and axis not in link.axes
+        return axis is not None and axis not in link.axes[1:]
 
     def link(self, link: Link) -> None:
         """On the axis of the Split an output is a part of the input."""
@@ -342,9 +342,9 @@ class Slice(Rule):
         return wanted
 
     def keeps_rows(self, link: Link) -> bool:
-        """Where it takes ranges of other axes."""
+        """Where it takes rows, or ranges of other axes."""
         ranges = self.ranges(link.analysis, link.node)
-        return ranges is not None and not set(ranges) & set(link.axes)
+        return ranges is not None and not set(ranges) & set(link.axes[1:])
 
     def link(self, link: Link) -> None:
         """Outside of its range an index has no counterpart."""
