@@ -357,6 +357,22 @@ def test_initial_states(case: str, shrink: Callable[..., Model]) -> None:
         assert dims(model)["h"] == dims(model)["c"] == [1, 1, left]
 
 
+def test_zeros_made_for_the_batch(shrink: Callable[..., Model]) -> None:
+    """Zeros of a computed shape are dropped; another value keeps every unit."""
+    for value, left in ((0.0, HIDDEN - 2), (1.0, HIDDEN)):
+        net = recurrent("LSTM", [(1, 4)], inputs="x W R B _ h h")
+        lstm = net.nodes.pop()
+        net.weight("one", np.array([1]))
+        net.weight("H", np.array([HIDDEN]))
+        net.add("Shape", "x", "shape")
+        net.add("Gather", "shape one", "n")
+        net.add("Concat", "one n H", "size", axis=0)
+        tensor = from_array(np.array([value], np.float32))
+        net.add("ConstantOfShape", "size", "h", value=tensor)
+        net.nodes.append(lstm)
+        check_units(shrink(read_all(net, 1).model()), "LSTM", 1, left)
+
+
 def test_initial_states_of_both_directions(shrink: Callable[..., Model]) -> None:
     """Each loses its own units."""
     net = recurrent("LSTM", [(1, 4), (0, 2)], inputs="x W R B _ h _")
@@ -880,12 +896,42 @@ def test_quantized_convolutions(
 
 
 def test_a_quantized_constant(shrink: Callable[..., Model]) -> None:
-    """Into the int32 bias, exactly; where there is padding it stays."""
+    """Into the int32 bias, exactly."""
     found = dims(shrink(close_codes(quantized(5, [1, 3], bias=900), 5, "t", taps=3)))
     assert found["W"][0] == found["V"][1] == 3
-    net = quantized(5, [1, 3], bias=900)
-    source = close_codes(net, 5, "t", taps=3, pads=[1, 1, 1, 1])
-    assert dims(shrink(source))["W"][0] == 5
+
+
+@pytest.mark.parametrize("pads", [[1, 1, 1, 1], [0, 0, 0, 1]])
+def test_quantized_constants_and_padding(
+    pads: list[int], shrink: Callable[..., Model]
+) -> None:
+    """A few carry the integer sums of all, at the border as well."""
+    net = quantized(16, range(10), bias=900)
+    net.weights["b"][:10] = rng("codes").integers(-3000, 3000, 10)
+    model = shrink(close_codes(net, 16, "t", taps=3, pads=pads))
+    found = dims(model)
+    assert 6 < found["W"][0] == found["V"][1] <= 10
+
+
+@pytest.mark.parametrize("bias", [0, 900])
+@pytest.mark.parametrize("turned", [0, 1])
+@pytest.mark.parametrize("is_float", [False, True])
+def test_quantized_gemm(
+    bias: int, turned: int, is_float: bool, shrink: Callable[..., Model]
+) -> None:
+    """Behind a global pool: its rows, or columns, go with the channels before it."""
+    net = quantized(5, [1, 3], bias=bias)
+    net.add("QLinearGlobalAveragePool", f"t {P} {P}", "m", MS)
+    net.add("Flatten", "m", "f")
+    scale, zero = weight_codes(net, "V", (2, 5) if turned else (5, 2), (), False)
+    net.weight("k", np.array([100, -200], np.int32))
+    more = "" if is_float else f" {P}"
+    out = "y" if is_float else "c"
+    net.add("QGemm", f"f {P} V {scale} {zero} k{more}", out, MS, transB=turned, alpha=0.5)
+    if not is_float:
+        net.add("DequantizeLinear", f"c {P}")
+    found = dims(shrink(net.model(y=2)))
+    assert found["W"][0] == found["V"][1 if turned else 0] == 3
 
 
 def test_a_bias_that_is_too_large(shrink: Callable[..., Model]) -> None:

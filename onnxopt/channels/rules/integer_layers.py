@@ -7,6 +7,7 @@ before: what it makes of zero is the zero point, whatever that is.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -20,9 +21,10 @@ from onnxopt.channels.facts import Fact, Kind, Mask, fact
 from onnxopt.channels.groups import Link, Sink
 from onnxopt.channels.removal import CannotRemove, Removal
 from onnxopt.channels.rules.convolution import Conv
+from onnxopt.channels.rules.integer_sink import Codes, IntegerSink
 from onnxopt.channels.rules.layer import Layer
 from onnxopt.channels.rules.matrix import Floats, Geometry, Matrix, as_matrix
-from onnxopt.channels.rules.product import MatMul
+from onnxopt.channels.rules.product import Gemm, MatMul
 from onnxopt.channels.rules.rule import Rule
 from onnxopt.channels.rules.sinks import LayerSink
 from onnxopt.weights import Array
@@ -233,8 +235,20 @@ class IntegerConv(IntegerLayer, Conv):
         return np.broadcast_to(image, (1, len(codes), *extent))
 
     def sink(self, a: Analysis, link: Link, g: Geometry) -> LayerSink:
-        """With padding, constants that are not zero stay."""
+        """With padding, a few constants carry the sums of all."""
+        codes = self._codes(a, link.node)
+        steps = LayerSink(self, link, g).values.astype(np.int64)
+        if g.spreads and g.groups == 1 and codes is not None:
+            return IntegerSink(self, link, g, codes, steps)
         return CodeSink(self, link, g)
+
+    def _codes(self, a: Analysis, node: NodeProto) -> Codes | None:
+        """The weight, to be written anew; None where that cannot be."""
+        zero, slot = self._zero(a, node, self.weight_zero), self.weight_slot
+        codes = a.graph.array(node.input[slot])
+        if codes is None or zero is None or (zero != zero.reshape(-1)[0]).any():
+            return None
+        return Codes.of(node, slot, codes, int(zero.reshape(-1)[0]))
 
 
 class CodeSink(LayerSink):
@@ -252,6 +266,25 @@ class QLinearConv(IntegerConv):
     data_zero = 2
     weight_zero = 5
     by_output = (4, 5)
+
+
+class QGemm(IntegerLayer, Gemm):
+    """a, scale, zero, b, scale, zero, bias, scale and zero of y (com.microsoft).
+
+    The bias is in steps of the sums: alpha is a factor of both.
+    """
+
+    weight_slot = 3
+    bias_slot = 6
+    weight_zero = 5
+    by_output = (4, 5)
+
+    def geometry(self, a: Analysis, node: NodeProto) -> Geometry | None:
+        """See Layer."""
+        found = super().geometry(a, node)
+        if found is None or attributes.get(node, "transA", 0):
+            return None
+        return dataclasses.replace(found, scale=1.0)
 
 
 class IntegerMatMul(IntegerLayer, MatMul):

@@ -23,7 +23,7 @@ class Gemm(Layer):
 
     def geometry(self, a: Analysis, node: NodeProto) -> Geometry | None:
         """See Layer."""
-        if not a.is_constant(node.input[1]) or a.graph.opset() < 7:
+        if not a.is_constant(node.input[self.weight_slot]) or a.graph.opset() < 7:
             return None
         turned = attributes.get(node, "transB", 0)
         return Geometry(

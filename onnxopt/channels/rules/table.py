@@ -7,6 +7,7 @@ from onnx import NodeProto
 from onnxopt import attributes
 from onnxopt.channels.rules.convolution import Conv, ConvTranspose
 from onnxopt.channels.rules.elementwise import Dropout, Elementwise, Product
+from onnxopt.channels.rules.fill import Fill
 from onnxopt.channels.rules.gather import Gather
 from onnxopt.channels.rules.groups_norm import (
     GroupNormalization,
@@ -23,6 +24,7 @@ from onnxopt.channels.rules.integer_layers import (
     DynamicQuantize,
     IntegerConv,
     IntegerMatMul,
+    QGemm,
     QLinearConv,
     QLinearMatMul,
 )
@@ -56,6 +58,7 @@ _REDUCTIONS = (
 _POOLS = "AveragePool GlobalAveragePool GlobalLpPool GlobalMaxPool LpPool MaxPool"
 
 _MICROSOFT: dict[str, Rule] = {
+    "QGemm": QGemm(),
     "QLinearAdd": QLinear(operands=2),
     "QLinearAveragePool": QLinearPool(),
     "QLinearConcat": QLinearConcat(),
@@ -76,6 +79,7 @@ RULES: dict[str, Rule] = {
     "BatchNormalization": BatchNormalization(),
     "Concat": Concat(),
     "Conv": Conv(),
+    "ConstantOfShape": Fill(),
     "ConvTranspose": ConvTranspose(),
     "DepthToSpace": PixelShuffle(),
     "ConvInteger": IntegerConv(),

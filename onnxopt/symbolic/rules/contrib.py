@@ -70,6 +70,16 @@ def dequantize(call: Call) -> list[Fact]:
     return [Fact(call.inputs[1].dtype, call.inputs[0].dims)]
 
 
+def quantized_gemm(call: Call) -> list[Fact]:
+    """[M, N], by what is transposed; floats without a scale of the result."""
+    kind = call.inputs[8].dtype if call.has(8) else TensorProto.FLOAT
+    left, right = call.inputs[0].dims, call.inputs[3].dims
+    if left is None or right is None or len(left) != 2 or len(right) != 2:
+        return [Fact(kind)]
+    rows = left[1 if attributes.get(call.node, "transA", 0) else 0]
+    return [Fact(kind, (rows, right[0 if attributes.get(call.node, "transB", 0) else 1]))]
+
+
 def quantized_concat(call: Call) -> list[Fact]:
     """Scale and zero point of the result, then operands with theirs."""
     kind, every = call.inputs[1].dtype, [given.dims for given in call.inputs[2::3]]
@@ -106,6 +116,7 @@ RULES: dict[str, Rule] = {
     "FusedConv": conv,
     "MatMulIntegerToFloat": matmul_integer_to_float,
     "MatMulNBits": matmul_n_bits,
+    "QGemm": quantized_gemm,
     "QLinearAdd": quantized_binary,
     "QLinearAveragePool": quantized_pool,
     "QLinearConcat": quantized_concat,
