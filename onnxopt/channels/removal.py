@@ -78,6 +78,12 @@ class Removal:
         """Which atoms of a slot stay."""
         return np.asarray(~slot.of(self.removed))
 
+    def kept_along(self, slot: Slot, axis: int) -> Mask:
+        """Which indices of one axis of a slot keep anything."""
+        place = slot.axes.index(axis)
+        others = tuple(o for o in range(len(slot.axes)) if o != place)
+        return np.asarray(self.kept(slot).reshape(slot.dims).any(axis=others))
+
     def kept_of(self, name: str, axis: int) -> Mask | None:
         """Which indices of an axis of a value stay; None where it has no such slot."""
         slot = self.groups.slots.get((name, (axis,)))
@@ -160,12 +166,10 @@ class Removal:
         gone = slot.of(self.removed)
         if slot.reader is None or not gone.any() or gone.all():
             return  # where all go, what reads it goes, too
-        kept = (~gone).reshape(slot.dims)
 
         def change(array: Array) -> Array:
-            for place, axis in enumerate(slot.axes):
-                others = tuple(o for o in range(kept.ndim) if o != place)
-                array = np.compress(kept.any(axis=others), array, axis)
+            for axis in slot.axes:
+                array = np.compress(self.kept_along(slot, axis), array, axis)
             return array
 
         self.change(*slot.reader, change)
@@ -175,13 +179,12 @@ class Removal:
         for slot in self.component.slots:
             if slot.reader is not None or slot.name not in declared.shapes:
                 continue
-            kept = self.kept(slot).reshape(slot.dims)
+            kept = self.kept(slot)
             if kept.all() or not kept.any():
                 continue
             dims = made.get(slot.name, list(declared.shapes[slot.name]))
-            for place, axis in enumerate(slot.axes):
-                others = tuple(o for o in range(kept.ndim) if o != place)
-                dims[axis] = int(kept.any(axis=others).sum())
+            for axis in slot.axes:
+                dims[axis] = int(self.kept_along(slot, axis).sum())
             made[slot.name] = dims
         return made
 

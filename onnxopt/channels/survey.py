@@ -34,7 +34,8 @@ def dead_outputs(decision: Decision) -> Iterator[DeadOutputs]:
     """Layers with dead channels, in order."""
     groups = decision.groups
     for node in groups.graph.nodes():
-        axis = groups.analysis.rule(node).layer_axis
+        rule = groups.analysis.rule(node)
+        axis = rule.layer_axis if rule.is_layer(groups.analysis, node) else None
         if axis is None:
             continue
         rank = groups.analysis.rank(node.output[0]) or 1

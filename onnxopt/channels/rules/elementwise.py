@@ -95,6 +95,8 @@ class Elementwise(Rule):
             link.bar("its rank is not known")
             return
         axes = [axis + total - mine for axis in link.axes]
+        if self._waits(link, axes):
+            return
         for side, index in link.ports():
             if side == "in" or index == 0:
                 self._tie(link, side, index, axes, total)
@@ -106,14 +108,23 @@ class Elementwise(Rule):
         if dims is None:
             link.bar("its rank is not known")
             return
-        own = [axis - (total - len(dims)) for axis in axes]
-        sizes = [dims[axis] if axis >= 0 else 1 for axis in own]
-        if all(size == 1 for size in sizes) and side == "in":
-            return
-        if any(size == 1 for size in sizes):
-            link.bar("an operand has some of its axes only")
-            return
-        link.tie(side, index, own)
+        own = {}
+        for axis, place in zip(link.axes, axes, strict=True):
+            there = place - (total - len(dims))
+            if side == "out" or (there >= 0 and dims[there] != 1):
+                own[axis] = there
+        if own:
+            link.relate(side, index, own)
+
+    def _waits(self, link: Link, axes: Sequence[int]) -> bool:
+        """Whether to look again later: the result may have more axes than this operand."""
+        if link.side == "out" or sum(1 for name in link.node.input if name) < 2:
+            return False
+        a = link.analysis
+        mine, whole = a.shape(link.slot.name), a.shape(link.name("out", 0))
+        if mine is not None and mine == whole:
+            return False
+        return link.covering("out", 0, axes) is None and link.groups.defer(link)
 
 
 NEAR = 1e-3

@@ -25,6 +25,10 @@ class Rule:
     drops_inputs = False
     layer_axis: int | None = None
 
+    def is_layer(self, a: Analysis, node: NodeProto) -> bool:
+        """Whether `node` makes channels, on `layer_axis`."""
+        return self.layer_axis is not None
+
     def forward(self, a: Analysis, node: NodeProto) -> Sequence[Fact | None]:
         """What is known of each output, from what is known of the inputs."""
         return [None] * len(node.output)
