@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto
 
-from onnxopt.channels.facts import Mask
+from onnxopt.channels.facts import Fact, Mask
 from onnxopt.channels.matching import Matching, Share
 
 if TYPE_CHECKING:
@@ -52,6 +52,13 @@ class Slot:
     def atoms(self) -> Ints:
         """Their numbers."""
         return np.arange(self.start, self.start + self.size)
+
+    def zeros(self, known: Fact | None) -> Mask:
+        """[atoms]: where every element of the value, at this index, is zero."""
+        if known is None:
+            return np.zeros(self.size, bool)
+        others = tuple(o for o in range(known.kinds.ndim) if o not in self.axes)
+        return np.broadcast_to(known.is_zero.all(axis=others), self.dims).reshape(-1)
 
     def of(self, array: npt.NDArray[np.bool_]) -> Mask:
         """The slot's part of an array over all atoms."""

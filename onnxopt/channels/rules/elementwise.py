@@ -220,6 +220,30 @@ class Product(Elementwise):
         ]
 
 
+class Quotient(Elementwise):
+    """Div: zero over what depends on the input is zero, since activations are finite."""
+
+    def absorbs(self, a: Analysis, node: NodeProto) -> bool:
+        """See Elementwise."""
+        item = a.fact(node.input[0])
+        return a.is_float(node.output[0]) and item is not None and item.is_zero.any()
+
+    def result(
+        self, a: Analysis, node: NodeProto, facts: Sequence[Fact | None], kinds: Kinds
+    ) -> Fact | None:
+        """Zero where the dividend is, unless the divisor is known."""
+        made, first = super().result(a, node, facts, kinds), facts[0]
+        if first is None or not a.is_float(node.output[0]):
+            return made
+        over = join(facts[1:], kinds.ndim)
+        is_zero = aligned(first.is_zero, kinds.ndim) & (over == Kind.DYN)
+        if not is_zero.any():
+            return made
+        known = np.where(is_zero, Kind.CONST, Kind.DYN if made is None else made.kinds)
+        values = np.zeros((), first.values.dtype) if made is None else made.values
+        return fact(known, np.where(is_zero, np.zeros_like(values), values))
+
+
 def _narrowed(need: Demand, live: Mask) -> Demand:
     if live.all():
         return need

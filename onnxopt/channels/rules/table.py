@@ -6,7 +6,7 @@ from onnx import NodeProto
 
 from onnxopt import attributes
 from onnxopt.channels.rules.convolution import Conv, ConvTranspose
-from onnxopt.channels.rules.elementwise import Dropout, Elementwise, Product
+from onnxopt.channels.rules.elementwise import Dropout, Elementwise, Product, Quotient
 from onnxopt.channels.rules.gather import Gather
 from onnxopt.channels.rules.join import Concat, Slice, Split
 from onnxopt.channels.rules.layout import Reshape, Transpose
@@ -15,7 +15,9 @@ from onnxopt.channels.rules.product import Gemm, MatMul
 from onnxopt.channels.rules.quantize import Quantizing
 from onnxopt.channels.rules.rule import BARRIER, Rule
 from onnxopt.channels.rules.size import Size
-from onnxopt.channels.rules.spatial import Pad, Pool, Reduce, Resize
+from onnxopt.channels.rules.reduction import Reduce
+from onnxopt.channels.rules.softmax import Softmax
+from onnxopt.channels.rules.spatial import Pad, Pool, Resize
 from onnxopt.graph import GraphView
 
 _UNARY = (
@@ -25,7 +27,7 @@ _UNARY = (
     "Swish Tan Tanh ThresholdedRelu"
 )
 _BROADCASTING = (
-    "Add And Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Or PRelu "
+    "Add And Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Or PRelu "
     "Pow Sub Sum Where Xor"
 )
 _REDUCTIONS = (
@@ -40,11 +42,13 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_REDUCTIONS.split(), Reduce()),
     **dict.fromkeys(_POOLS.split(), Pool()),
     **dict.fromkeys(("Flatten", "Reshape", "Squeeze", "Unsqueeze"), Reshape()),
+    **dict.fromkeys(("Hardmax", "LogSoftmax", "Softmax"), Softmax()),
     **dict.fromkeys(("DequantizeLinear", "QuantizeLinear"), Quantizing()),
     "BatchNormalization": BatchNormalization(),
     "Concat": Concat(),
     "Conv": Conv(),
     "ConvTranspose": ConvTranspose(),
+    "Div": Quotient(),
     "Dropout": Dropout(),
     "Gather": Gather(),
     "Gemm": Gemm(),
