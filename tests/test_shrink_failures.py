@@ -442,9 +442,7 @@ def test_barrier_over_channels(
     model = shrink(source)
     assert not gone(model)
     operator = node.split()[2]
-    assert reasons(source, "t")[1] == (
-        f"there is no channel rule for {operator} ({operator}:p)"
-    )
+    assert (reasons(source, "t")[1] or "").endswith(f"({operator}:p)")
 
 
 def test_barrier_is_in_the_report(shrink: Callable[..., Model]) -> None:

@@ -117,7 +117,7 @@ class Elementwise(Rule):
             link.relate(side, index, own)
 
     def _waits(self, link: Link, axes: Sequence[int]) -> bool:
-        """Whether to look again later: the result may have more axes than this operand."""
+        """Whether to look again later: the result may have more axes than ours."""
         if link.side == "out" or sum(1 for name in link.node.input if name) < 2:
             return False
         a = link.analysis
@@ -226,7 +226,7 @@ class Quotient(Elementwise):
     def absorbs(self, a: Analysis, node: NodeProto) -> bool:
         """See Elementwise."""
         item = a.fact(node.input[0])
-        return a.is_float(node.output[0]) and item is not None and item.is_zero.any()
+        return item is not None and bool(item.is_zero.any())
 
     def result(
         self, a: Analysis, node: NodeProto, facts: Sequence[Fact | None], kinds: Kinds

@@ -15,7 +15,7 @@ from onnx import NodeProto
 from onnxopt import attributes
 from onnxopt.channels import demand
 from onnxopt.channels.demand import NOTHING, Demand
-from onnxopt.channels.facts import Fact, fact
+from onnxopt.channels.facts import Fact, Mask, fact
 from onnxopt.channels.groups import Ints, Link, Slot
 from onnxopt.channels.removal import Removal
 from onnxopt.channels.rules.rule import Rule
@@ -72,8 +72,8 @@ class Gather(Rule):
         axis, more = place
         need = need.reshape((1,) * (rank - need.ndim) + need.shape)
         if index is None:
-            need = need.any(axis=tuple(range(axis, axis + more)))
-            return [demand.merge(NOTHING, np.expand_dims(need, axis)), None]
+            rows: Mask = np.asarray(need.any(axis=tuple(range(axis, axis + more))))
+            return [demand.merge(NOTHING, np.expand_dims(rows, axis)), None]
         size = a.size(node.input[0], axis)
         assert size is not None
         part = need if index.ndim else np.expand_dims(need, axis)
@@ -81,8 +81,8 @@ class Gather(Rule):
             part, (*part.shape[:axis], index.size, *part.shape[axis + 1 :])
         )
         needed = np.zeros((*part.shape[:axis], size, *part.shape[axis + 1 :]), bool)
-        front = (slice(None),) * axis
-        np.logical_or.at(needed, (*front, index.reshape(-1)), wide)
+        for mine, picked in enumerate(index.reshape(-1).tolist()):
+            needed.swapaxes(0, axis)[picked] |= wide.swapaxes(0, axis)[mine]
         return [demand.merge(NOTHING, needed), None]
 
     def link(self, link: Link) -> None:
@@ -140,8 +140,8 @@ class Gather(Rule):
                 link.relate("in", 0, rest)
                 return
             axes = sorted({axis, *rest.values()})
-            dims = [a.size(link.node.input[0], o) or 0 for o in axes]
-            every = np.arange(math.prod(dims)).reshape(dims)
+            sizes = [a.size(link.node.input[0], o) or 0 for o in axes]
+            every = np.arange(math.prod(sizes)).reshape(sizes)
             atoms = every.take(index, axes.index(axis)).reshape(-1)
             link.tie("in", 0, axes, here=_count(atoms), there=atoms)
 

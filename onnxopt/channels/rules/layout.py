@@ -205,12 +205,7 @@ class Reshape(Rule):
         """Let what is written of the sizes of the result follow."""
         node = link.node
         if node.op_type == "Reshape":
-            for slot in link.groups.slots_of(node.output[0]):
-                patch = ShapePatch(link.analysis, node, slot)
-                if patch.reason:
-                    link.bar(patch.reason)
-                else:
-                    link.groups.patch((id(node), slot.axes), slot, patch)
+            correct_shape(link)
         elif node.op_type == "Squeeze" and not _names_axes(node):
             link.restrict(_two_left(link.slot), "a Squeeze would take an axis of one")
 
@@ -241,6 +236,17 @@ class Reshape(Rule):
         there = _atoms(np.arange(count), others, [theirs.index(axis) for axis in axes])
         pairs = np.unique(np.stack([here, there]), axis=1)
         return link.tie(side, 0, axes, here=pairs[0], there=pairs[1]) is not None
+
+
+def correct_shape(link: Link) -> None:
+    """Let the shape that a Reshape or Expand is given follow what goes of its result."""
+    node = link.node
+    for slot in link.groups.slots_of(node.output[0]):
+        patch = ShapePatch(link.analysis, node, slot)
+        if patch.reason:
+            link.bar(patch.reason)
+        else:
+            link.groups.patch((id(node), slot.axes), slot, patch)
 
 
 def _names_axes(node: NodeProto) -> bool:
@@ -274,24 +280,31 @@ Literal = tuple[NodeProto, int, int]
 class ShapePatch:
     """Writes the sizes of a slot of the result into the shape that a node is given.
 
-    The shape is a constant, or a Concat of constants and computed sizes; where a size
-    is computed, a constant takes its place. `reason` says why it cannot, where it
-    cannot.
+    Where the shape is a constant, or a Concat with constants among its parts, those
+    change. Where a size is computed, a constant takes its place, by a Concat or a Where.
+    `reason` says why it cannot, where it cannot.
     """
 
     def __init__(self, a: Analysis, node: NodeProto, slot: Slot) -> None:
         self.node, self.slot, self.reason = node, slot, ""
-        found = _literals(a, node)
-        before = a.shape(node.input[0]) or ()
-        if found is None or len(found) <= max(slot.axes):
-            self.reason = "its shape is computed"
+        found, before = _literals(a, node), a.shape(node.input[0]) or ()
+        if found is None:
+            value = a.graph.fact(node.input[1]).value
+            if value is None or any(size is None or size == 0 for size in value.flat):
+                self.reason = "its shape is computed"
+            self._count = 0 if value is None else value.size
             return
         for axis, size in zip(slot.axes, slot.dims, strict=True):
-            literal = found[axis][0]
+            place = axis - self._missing(a, found)
+            literal = found[place][0] if place >= 0 else None
             if literal == 0 and attributes.get(node, "allowzero", 0):
                 self.reason = "its shape has a zero"
             if literal == 0 and axis < len(before) and before[axis] != size:
                 self.reason = "it copies a size from another axis"
+
+    def _missing(self, a: Analysis, found: Sequence[object]) -> int:
+        """How many axes of the result stand before those that the shape speaks of."""
+        return (a.rank(self.node.output[0]) or len(found)) - len(found)
 
     def __call__(self, removal: Removal) -> None:
         """Write what is left of each axis of the slot."""
@@ -299,23 +312,41 @@ class ShapePatch:
         if removal.kept(self.slot).all():
             return
         found = _literals(a, self.node)
-        assert found is not None
+        if found is None:
+            self._write_over(removal)
+            return
+        shift = self._missing(a, found)
         sizes: dict[int, int] = {}
         for axis in self.slot.axes:
-            literal = found[axis][0]
+            literal = found[axis - shift][0] if axis >= shift else -1
             if literal is None or literal > 0:  # else it follows from the others
-                sizes[axis] = int(removal.kept_along(self.slot, axis).sum())
-        maker = found[self.slot.axes[0]][1][0]
+                kept = removal.kept_along(self.slot, axis)
+                sizes[axis - shift] = int(kept.sum())
+        maker = found[0][1][0]
         if maker is not self.node and len(a.graph.uses(maker.output[0])) > 1:
             self._write_apart(removal, maker, found, sizes)
             return
-        for axis, size in sizes.items():
-            literal, (node, index, place) = found[axis]
+        for place, size in sizes.items():
+            literal, (node, index, where) = found[place]
             if literal is None:
                 made = removal.edit.add_weight(np.array([size], np.int64), "size")
                 removal.edit.set_input(node, index, made)
             else:
-                removal.change(node, index, _Put(place, size))
+                removal.change(node, index, _Put(where, size))
+
+    def _write_over(self, removal: Removal) -> None:
+        """Let a Where put the new sizes in the place of computed ones."""
+        sizes = np.zeros(self._count, np.int64)
+        for axis in self.slot.axes:
+            place = axis - (removal.groups.analysis.rank(self.node.output[0]) or 0)
+            if place >= -self._count:
+                sizes[place] = removal.kept_along(self.slot, axis).sum()
+        names = [
+            removal.edit.add_weight(sizes > 0, "is_known"),
+            removal.edit.add_weight(sizes, "sizes"),
+            self.node.input[1],
+        ]
+        removal.edit.set_input(self.node, 1, removal.edit.insert("Where", names)[0])
 
     def _write_apart(
         self,
@@ -327,8 +358,8 @@ class ShapePatch:
         """Through a Concat of its own: others read the shape as it is."""
         parts = list(maker.input)
         arrays: dict[int, Array] = {}
-        for axis, size in sizes.items():
-            literal, (_, index, place) = found[axis]
+        for where, size in sizes.items():
+            literal, (_, index, place) = found[where]
             given = removal.graph.array(parts[index]) if literal is not None else None
             array = arrays.setdefault(
                 index, np.ones(1, np.int64) if given is None else given.copy()

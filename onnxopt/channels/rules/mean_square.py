@@ -77,7 +77,7 @@ class MeanSquare:
         return made
 
     def scale(self, removal: Removal, share: float) -> None:
-        """Make up for a mean that is 1 / `share` of what it was, once `share` is left."""
+        """Make up for a mean that is 1 / `share` of what it was."""
         if self.epsilon is not None and self.gamma is not None:
             removal.change(*self.epsilon, times(1 / share))
             removal.change(*self.gamma, times(math.sqrt(1 / share)))

@@ -7,15 +7,17 @@ from onnx import NodeProto
 from onnxopt import attributes
 from onnxopt.channels.rules.convolution import Conv, ConvTranspose
 from onnxopt.channels.rules.elementwise import Dropout, Elementwise, Product, Quotient
+from onnxopt.channels.rules.expand import Expand, Tile
 from onnxopt.channels.rules.gather import Gather
 from onnxopt.channels.rules.join import Concat, Slice, Split
+from onnxopt.channels.rules.layer_norm import LayerNormalization, RMSNormalization
 from onnxopt.channels.rules.layout import Reshape, Transpose
 from onnxopt.channels.rules.normalization import BatchNormalization
 from onnxopt.channels.rules.product import Gemm, MatMul
 from onnxopt.channels.rules.quantize import Quantizing
+from onnxopt.channels.rules.reduction import Reduce
 from onnxopt.channels.rules.rule import BARRIER, Rule
 from onnxopt.channels.rules.size import Size
-from onnxopt.channels.rules.reduction import Reduce
 from onnxopt.channels.rules.softmax import Softmax
 from onnxopt.channels.rules.spatial import Pad, Pool, Resize
 from onnxopt.graph import GraphView
@@ -50,15 +52,20 @@ RULES: dict[str, Rule] = {
     "ConvTranspose": ConvTranspose(),
     "Div": Quotient(),
     "Dropout": Dropout(),
+    "Expand": Expand(),
     "Gather": Gather(),
     "Gemm": Gemm(),
+    "LayerNormalization": LayerNormalization(),
     "MatMul": MatMul(),
     "Mul": Product(),
     "Pad": Pad(),
+    "RMSNormalization": RMSNormalization(),
     "Resize": Resize(),
     "Shape": Size(),
+    "SimplifiedLayerNormalization": RMSNormalization(),
     "Slice": Slice(),
     "Split": Split(),
+    "Tile": Tile(),
     "Transpose": Transpose(),
 }
 
