@@ -18,6 +18,7 @@ from onnxopt.channels import demand
 from onnxopt.channels.demand import Demand
 from onnxopt.channels.facts import MAX_ELEMENTS, Fact, Kind, Mask, fact, join
 from onnxopt.channels.groups import Link, Side, Sink
+from onnxopt.channels.removal import Removal
 from onnxopt.channels.rules.rule import Rule
 from onnxopt.channels.rules.softmax import has_rows_of_sum_one
 
@@ -150,6 +151,9 @@ class _Terms(Sink):
         self.constant = np.zeros(slot.size, bool)
         self.values = np.zeros(slot.size)
         self.free = self._free(a, link)
+
+    def compensate(self, removal: Removal, removed: Mask) -> None:
+        """Terms that add nothing leave nothing to make up for."""
 
     def _free(self, a: Analysis, link: Link) -> Mask:
         """For each atom whether its terms add nothing, all over the other axes."""

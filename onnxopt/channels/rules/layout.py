@@ -122,7 +122,7 @@ def _turned(
     shape = list(array.shape)
     for mine, theirs in parts:
         if any(shape[axis] > 1 for axis in mine):
-            if not _is_known(before, mine) or not _is_known(after, theirs):
+            if not theirs or not _is_known(before, mine) or not _is_known(after, theirs):
                 return None
             for axis in mine:
                 size = before[axis]
