@@ -65,6 +65,9 @@ class Slot:
         return array[self.start : self.start + self.size]
 
 
+Deferred = dict[Key, tuple[Slot, NodeProto, Side, int]]
+
+
 class Sink:
     """A node that mixes the channels of `slot`: where a removed one must be made up for.
 
@@ -130,7 +133,8 @@ class Groups:
         self._patches: dict[Key, tuple[Slot, Patch]] = {}
         self._by_value: dict[Key, list[Slot]] = {}
         self._queue: deque[Slot] = deque()
-        self._deferred: dict[Key, tuple[Slot, NodeProto, Side, int]] = {}
+        # what is asked again: first, and after that what is only to be matched
+        self._deferred: tuple[Deferred, Deferred] = ({}, {})
         self._waiting: dict[int, list[Key]] = {}  # node -> what is deferred there
         self._awake: deque[Key] = deque()
         self._is_last_call = False
@@ -263,14 +267,16 @@ class Groups:
         self.restrictions.append((Matching(here, there), reason))
         self._joins.append((one, two))
 
-    def defer(self, link: Link) -> bool:
+    def defer(self, link: Link, late: bool = False) -> bool:
         """Ask again when all layers have been seen, and when the node has more slots.
 
-        False where there are no more to come.
+        False where there are no more to come. `late`: where the slots of the node should
+        be settled by others, if they can be.
         """
         if not self._is_last_call:
             key = (id(link.slot), id(link.node), link.side, link.index)
-            self._deferred[key] = link.slot, link.node, link.side, link.index
+            asked = link.slot, link.node, link.side, link.index
+            self._deferred[late][key] = asked
             self._waiting.setdefault(id(link.node), []).append(key)
         return not self._is_last_call
 
@@ -290,12 +296,13 @@ class Groups:
             if -rank <= axis < rank:
                 self.slot(node, "out", 0, (axis % rank,))
                 self._spread()
-        self._awake.extend(self._deferred)
-        while self._deferred:
+        first, late = self._deferred
+        self._awake.extend([*first, *late])
+        while first or late:
             # where none is to be asked again, one has to answer as it is
             self._is_last_call = not self._awake
-            key = self._awake.popleft() if self._awake else next(iter(self._deferred))
-            asked = self._deferred.pop(key, None)
+            key = self._awake.popleft() if self._awake else next(iter(first or late))
+            asked = first.pop(key, None) or late.pop(key, None)
             if asked is not None:
                 self._waiting[id(asked[1])].remove(key)
                 self._link(*asked)

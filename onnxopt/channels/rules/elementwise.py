@@ -23,6 +23,7 @@ from onnxopt.channels.facts import (
 )
 from onnxopt.channels.groups import Link, Side
 from onnxopt.channels.rules.rule import Rule
+from onnxopt.graph import Shape
 from onnxopt.weights import Array
 
 if TYPE_CHECKING:
@@ -122,9 +123,20 @@ class Elementwise(Rule):
             return False
         a = link.analysis
         mine, whole = a.shape(link.slot.name), a.shape(link.name("out", 0))
-        if mine is not None and mine == whole:
+        if mine is not None and whole is not None and not _grows(mine, whole):
             return False
-        return link.covering("out", 0, axes) is None and link.groups.defer(link)
+        return link.covering("out", 0, axes) is None and link.groups.defer(
+            link, late=True
+        )
+
+
+def _grows(mine: Shape, whole: Shape) -> bool:
+    """Whether broadcasting makes an axis of known size where there was none."""
+    padded = (1,) * (len(whole) - len(mine)) + tuple(mine)
+    return any(
+        isinstance(size, int) and size != 1 and own == 1
+        for own, size in zip(padded, whole, strict=True)
+    )
 
 
 NEAR = 1e-3

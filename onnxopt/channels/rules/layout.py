@@ -67,6 +67,14 @@ def _known_blocks(
     while one < len(sizes) or two < len(others):
         first, second = one, two
         mine = theirs = 1
+        if (sizes[one:] or [0])[0] == 1 != (others[two:] or [0])[0]:
+            one += 1  # an axis of one element, that is not there on the other side
+            found.append(((start[0] + first,), ()))
+            continue
+        if (others[two:] or [0])[0] == 1 != (sizes[one:] or [0])[0]:
+            two += 1
+            found.append(((), (start[1] + second,)))
+            continue
         if one < len(sizes):
             mine, one = sizes[one], one + 1
         if two < len(others):
@@ -221,7 +229,12 @@ class Reshape(Rule):
         side = link.opposite
         known = link.groups.slots_of(link.name(side, 0))
         axes = [axis for axis in theirs if after[axis] != 1]
-        covered = [s for s in known if set(s.axes) <= set(theirs)]
+        ones = [o for o, size in enumerate(after) if size == 1 and o not in theirs]
+        reached = {*theirs, *ones}
+        covered = [
+            s for s in known if set(s.axes) <= reached and set(s.axes) & set(theirs)
+        ]
+        theirs = [*theirs, *ones]
         if covered:  # it came from there: by an axis that spans the block or a part
             axes = sorted({axis for slot in covered for axis in slot.axes})
         elif len(axes) > 1 and link.groups.defer(link):
