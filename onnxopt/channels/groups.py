@@ -122,6 +122,7 @@ class Groups:
         self.bars: list[tuple[Ints, str]] = []
         self.sinks: list[Sink] = []
         self.restrictions: list[tuple[Restriction, str]] = []
+        self.choices: list[tuple[Restriction, str]] = []  # when nothing else holds back
         self.size = 0
         # layer -> the constant that was added behind it, and its axis of channels
         self.shifts: dict[int, tuple[str, int]] = {}
@@ -133,8 +134,7 @@ class Groups:
         self._patches: dict[Key, tuple[Slot, Patch]] = {}
         self._by_value: dict[Key, list[Slot]] = {}
         self._queue: deque[Slot] = deque()
-        # what is asked again: first, and after that what is only to be matched
-        self._deferred: tuple[Deferred, Deferred] = ({}, {})
+        self._deferred: tuple[Deferred, ...] = ({}, {}, {})  # by how late
         self._waiting: dict[int, list[Key]] = {}  # node -> what is deferred there
         self._awake: deque[Key] = deque()
         self._is_last_call = False
@@ -264,14 +264,16 @@ class Groups:
             self.bar(two, "its channels do not match those beside it")
             return
         reason = f"{one.name!r} and {two.name!r} keep the same indices"
-        self.restrictions.append((Matching(here, there), reason))
+        matching = Matching(here, there)
+        self.restrictions.append((matching, reason))
+        self.choices.append((matching.choose, reason))
         self._joins.append((one, two))
 
-    def defer(self, link: Link, late: bool = False) -> bool:
+    def defer(self, link: Link, late: int = 0) -> bool:
         """Ask again when all layers have been seen, and when the node has more slots.
 
-        False where there are no more to come. `late`: where the slots of the node should
-        be settled by others, if they can be.
+        False where there are no more to come. What is `late` (0, 1, 2) answers after
+        the others: 1 where slots of more axes may come, 2 where those are likely.
         """
         if not self._is_last_call:
             key = (id(link.slot), id(link.node), link.side, link.index)
@@ -296,13 +298,14 @@ class Groups:
             if -rank <= axis < rank:
                 self.slot(node, "out", 0, (axis % rank,))
                 self._spread()
-        first, late = self._deferred
-        self._awake.extend([*first, *late])
-        while first or late:
+        for waiting in self._deferred:
+            self._awake.extend(waiting)
+        while left := next(filter(None, self._deferred), None):
             # where none is to be asked again, one has to answer as it is
             self._is_last_call = not self._awake
-            key = self._awake.popleft() if self._awake else next(iter(first or late))
-            asked = first.pop(key, None) or late.pop(key, None)
+            key = self._awake.popleft() if self._awake else next(iter(left))
+            found = (waiting.pop(key, None) for waiting in self._deferred)
+            asked = next(filter(None, found), None)
             if asked is not None:
                 self._waiting[id(asked[1])].remove(key)
                 self._link(*asked)

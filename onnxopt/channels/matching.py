@@ -39,15 +39,21 @@ class Share:
         return np.asarray(np.bincount(kept, minlength=self.size) > 0)
 
     def hold(self, removed: Mask, wanted: Mask) -> Ints:
-        """Atoms that leave something of each `wanted` shared index.
+        """Atoms that leave of each `wanted` shared index what stays at others.
 
-        What stays at other shared indices has to stay there as well, and no more.
+        None where nothing stays anywhere: what is to stay is not known then.
         """
         kept_rest = np.unique(self.rest[~self.slot.of(removed)])
-        chosen = wanted[self.shared] & np.isin(self.rest, kept_rest)
-        served = np.bincount(self.shared[chosen], minlength=self.size) > 0
-        chosen[self._first[wanted & ~served]] = True
+        if len(kept_rest) == 0 and self.rest.any():
+            return self.slot.atoms[:0]
+        chosen = wanted[self.shared]
+        if self.rest.any():
+            chosen &= np.isin(self.rest, kept_rest)
         return self.slot.atoms[chosen]
+
+    def choose(self, wanted: Mask) -> Ints:
+        """An atom of the first `wanted` shared index."""
+        return self.slot.atoms[self._first[wanted][:1]]
 
 
 def _index(slot: Slot, places: Sequence[int]) -> tuple[Ints, list[int]]:
@@ -70,9 +76,14 @@ class Matching:
         here, there = self.one.left(removed), self.two.left(removed)
         if np.array_equal(here, there):
             return np.zeros(0, np.int64)
-        return np.concatenate(
-            [
-                self.one.hold(removed, there & ~here),
-                self.two.hold(removed, here & ~there),
-            ]
-        )
+        held = [
+            self.one.hold(removed, there & ~here),
+            self.two.hold(removed, here & ~there),
+        ]
+        return np.concatenate(held)
+
+    def choose(self, removed: Mask) -> Ints:
+        """An atom that may stay for that, where nothing says which has to."""
+        here, there = self.one.left(removed), self.two.left(removed)
+        chosen = self.one.choose(there & ~here)
+        return chosen if len(chosen) else self.two.choose(here & ~there)

@@ -134,7 +134,7 @@ class Contraction(Rule):
         if any(isinstance(label, str) for label in own):
             return False
         is_there = link.covering(*port, list(axes.values())) is not None
-        return not is_there and link.groups.defer(link, late=True)
+        return not is_there and link.groups.defer(link, late=2)
 
     def _tells(self, link: Link) -> bool:
         """Whether this slot is the one that is asked about the terms of the sum."""

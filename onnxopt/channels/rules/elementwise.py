@@ -125,9 +125,7 @@ class Elementwise(Rule):
         mine, whole = a.shape(link.slot.name), a.shape(link.name("out", 0))
         if mine is not None and whole is not None and not _grows(mine, whole):
             return False
-        return link.covering("out", 0, axes) is None and link.groups.defer(
-            link, late=True
-        )
+        return link.covering("out", 0, axes) is None and link.groups.defer(link, late=1)
 
 
 def _grows(mine: Shape, whole: Shape) -> bool:

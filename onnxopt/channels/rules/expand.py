@@ -75,7 +75,7 @@ class Expand(Rule):
     def _waits(self, link: Link, own: dict[int, int]) -> bool:
         """Whether to look again later: the result may have more axes than the input."""
         is_there = link.covering("out", 0, list(own.values())) is not None
-        return not is_there and link.groups.defer(link, late=True)
+        return not is_there and link.groups.defer(link, late=1)
 
     def correct(self, link: Link) -> None:
         """Let what is written of the sizes of the result follow."""

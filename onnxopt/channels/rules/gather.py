@@ -153,7 +153,7 @@ def _count(atoms: Ints) -> Ints:
 def _waits(link: Link, rest: dict[int, int]) -> bool:
     """Whether to look again later: the other side may have more axes than ours."""
     is_there = link.covering(link.opposite, 0, list(rest.values())) is not None
-    return not is_there and link.groups.defer(link, late=True)
+    return not is_there and link.groups.defer(link, late=1)
 
 
 class _Renumber:

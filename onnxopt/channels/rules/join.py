@@ -274,7 +274,8 @@ class Slice(Rule):
         for start, end, axis, step in zip(*given, strict=True):
             axis %= len(shape)
             size = shape[axis]
-            if isinstance(size, int) and step == 1:
+            is_known = start is not None and end is not None and step == 1
+            if isinstance(size, int) and is_known:
                 low, high, _ = slice(start, end, 1).indices(size)
                 found[axis] = (low, max(low, high))
             else:
@@ -359,25 +360,34 @@ class Slice(Rule):
             link.patch(_Range(node, whole, spans), link.axes)
 
 
-def _slice_inputs(
-    a: Analysis, node: NodeProto
-) -> tuple[list[int], list[int], list[int], list[int]] | None:
-    """Starts, ends, axes and steps; None where they are computed."""
+SliceInputs = tuple[list[int | None], list[int | None], list[int], list[int | None]]
+
+
+def _slice_inputs(a: Analysis, node: NodeProto) -> SliceInputs | None:
+    """Starts, ends, axes and steps, None for what is computed; None without the axes."""
     if a.graph.opset() < 10:
         starts, ends = attributes.get(node, "starts"), attributes.get(node, "ends")
         axes = attributes.get(node, "axes") or list(range(len(starts)))
         return starts, ends, axes, [1] * len(starts)
-    found: list[list[int] | None] = [None] * 4
-    for index, name in enumerate(node.input[1:]):
-        if name:
-            array = a.array(name)
-            if array is None:
-                return None
-            found[index] = [int(item) for item in array.reshape(-1).tolist()]
-    starts, ends = found[0] or [], found[1] or []
-    axes = found[2] if found[2] is not None else list(range(len(starts)))
-    steps = found[3] if found[3] is not None else [1] * len(starts)
-    return starts, ends, axes, steps
+    names = [*node.input[1:], "", ""]
+    starts, ends = _integers(a, names[0]), _integers(a, names[1])
+    if starts is None or ends is None or len(starts) != len(ends):
+        return None
+    steps = _integers(a, names[3]) if names[3] else [1] * len(starts)
+    axes = _integers(a, names[2]) if names[2] else list(range(len(starts)))
+    if steps is None or axes is None or {len(axes), len(steps)} != {len(starts)}:
+        return None
+    known = [axis for axis in axes if axis is not None]
+    return (starts, ends, known, steps) if len(known) == len(axes) else None
+
+
+def _integers(a: Analysis, name: str) -> list[int | None] | None:
+    """The elements of a vector, None for one that is not known; None without its size."""
+    array = a.array(name)
+    if array is not None:
+        return [int(item) for item in array.reshape(-1).tolist()]
+    size = a.size(name, 0)
+    return None if size is None else [None] * size
 
 
 class _Range:

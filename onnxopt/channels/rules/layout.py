@@ -16,7 +16,7 @@ from onnxopt.channels.groups import Ints, Link, Restriction, Slot
 from onnxopt.channels.removal import Removal
 from onnxopt.channels.rules.rule import Rule
 from onnxopt.graph import Shape
-from onnxopt.symbolic.dim import Dim, product
+from onnxopt.symbolic.dim import Dim, arguments_of, product
 from onnxopt.symbolic.fact import Dims
 from onnxopt.weights import Array
 
@@ -108,6 +108,27 @@ def symbolic_blocks(before: Dims, after: Dims) -> list[Block]:
     return found
 
 
+def _settled(before: Dims, after: Dims) -> Dims:
+    """`before`, where the sizes that broadcast are known to be those of `after`.
+
+    A size that others broadcast to is at least each of them; since both shapes have
+    equally many elements, none is larger.
+    """
+    left = [axis for axis, size in enumerate(before) if not isinstance(size, int)]
+    right = [size for size in after if not isinstance(size, int)]
+    if len(left) != len(right):
+        return before
+    numbers = [product(d for d in dims if isinstance(d, int)) for dims in (before, after)]
+    made = list(before)
+    for axis, size in zip(left, right, strict=True):
+        if before[axis] != size and size not in (
+            arguments_of(before[axis], "bcast") or ()
+        ):
+            return before
+        made[axis] = size
+    return tuple(made) if numbers[0] == numbers[1] else before
+
+
 def _equal_products(before: Dims, after: Dims) -> set[tuple[int, int]]:
     """How many of the first dims of both have the same product."""
     places: dict[Dim, list[int]] = {}
@@ -165,7 +186,7 @@ class Reshape(Rule):
             dims = [a.graph.fact(name).dims for name in names]
             assert dims[0] is not None
             assert dims[1] is not None
-            parts = symbolic_blocks(dims[0], dims[1])
+            parts = symbolic_blocks(_settled(dims[0], dims[1]), dims[1])
         return before, after, parts
 
     def forward(self, a: Analysis, node: NodeProto) -> Sequence[Fact | None]:

@@ -101,7 +101,7 @@ class Reduce(Rule):
     def _waits(self, link: Link, own: Mapping[int, int]) -> bool:
         """Whether to look again later: the input may have more axes than the result."""
         is_there = link.covering("in", 0, list(own.values())) is not None
-        return not is_there and link.groups.defer(link, late=True)
+        return not is_there and link.groups.defer(link, late=1)
 
     def _reduce(self, link: Link, reduced: Sequence[int]) -> None:
         """Zeros change no sum; of a mean they change the number that it divides by."""
