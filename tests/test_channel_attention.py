@@ -39,6 +39,7 @@ class Net:
     opset: int = 17
     dynamic: bool = True
     hidden: int = 12
+    broadcasts: bool = False
     nodes: list[NodeProto] = field(default_factory=list)
     weights: dict[str, Array] = field(default_factory=dict)
     expected: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -93,7 +94,8 @@ class Net:
             literals = self.const([0, 0, *sizes])
         else:
             parts = [self.size(like, 0), self.size(like, 1)]
-            last = sizes[-1] if len(sizes) > 1 else -1
+            # what -1 stands for is known only where nothing broadcasts over the batch
+            last = sizes[-1] if len(sizes) > 1 or self.broadcasts else -1
             parts += [self.const([size]) for size in (*sizes[:-1], last)]
             literals = self.op("Concat", *parts, axis=0)
         return str(self.op("Reshape", name, literals))
@@ -353,9 +355,7 @@ def gpt2(seed: int, dynamic: bool) -> Net:
     rows = net.op("Gather", net.weight("wte", 20, net.hidden), "ids")
     places = net.weight("wpe", 16, net.hidden)
     net.weights["wpe"] = net.weights["wpe"][None]
-    places = net.op(
-        "Slice", places, net.const([0]), net.size("ids", 1), net.const([1])
-    )
+    places = net.op("Slice", places, net.const([0]), net.size("ids", 1), net.const([1]))
     x = net.op("Add", rows, places)
     for block in range(2):
         given = net.norm(f"n{block}", x)
@@ -387,7 +387,9 @@ def vit_attention(net: Net, name: str, given: str) -> str:
     q = net.op("Mul", parts[0], net.const(0.5, np.float32))
     k = net.op("Transpose", parts[1], perm=[0, 1, 3, 2])
     context = core(net, q, k, parts[2], scale=1.0)
-    out = net.linear(f"{name}.o", merged(net, context, given, size), size, net.hidden, True)
+    out = net.linear(
+        f"{name}.o", merged(net, context, given, size), size, net.hidden, True
+    )
     for place, side in enumerate("qkv"):
         part = slice(place * size, (place + 1) * size)
         net.weights[f"{name}.{side}.w"] = net.weights[f"{name}.qkv.w"][:, part]
@@ -516,9 +518,7 @@ def swiglu(net: Net, name: str, given: str, size: int) -> str:
     gate = net.linear(f"{name}.gate", given, net.hidden, size, False)
     gate = net.op("Mul", gate, net.op("Sigmoid", gate))
     up = net.linear(f"{name}.up", given, net.hidden, size, False)
-    made = net.linear(
-        f"{name}.down", net.op("Mul", gate, up), size, net.hidden, False
-    )
+    made = net.linear(f"{name}.down", net.op("Mul", gate, up), size, net.hidden, False)
     gone = net.pick(size, 0.5)
     for unit in gone:
         side = net.rng.choice(["gate", "up", "down"])
@@ -531,7 +531,7 @@ def swiglu(net: Net, name: str, given: str, size: int) -> str:
 
 def llama(seed: int, dynamic: bool, how: str = "gathered", opset: int = 17) -> Net:
     """Two blocks; some channels of the residual stream are zero throughout."""
-    net = Net(seed, dynamic=dynamic, opset=opset)
+    net = Net(seed, dynamic=dynamic, opset=opset, broadcasts=how != "cut")
     x = net.op("Gather", net.weight("embed", 20, net.hidden), "ids")
     turn = tables(net, 8, how)
     lost = drawn(net, 3, 8, 2, rope=True).scores  # the tables serve every block

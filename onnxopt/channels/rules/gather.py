@@ -15,7 +15,7 @@ from onnx import NodeProto
 from onnxopt import attributes
 from onnxopt.channels import demand
 from onnxopt.channels.demand import NOTHING, Demand
-from onnxopt.channels.facts import Fact, Mask, fact
+from onnxopt.channels.facts import Fact, Kind, Mask, fact
 from onnxopt.channels.groups import Ints, Link, Slot
 from onnxopt.channels.removal import Removal
 from onnxopt.channels.rules.rule import Rule
@@ -55,8 +55,10 @@ class Gather(Rule):
         index = self._picks(a, node)
         if index is None:
             shared = given.across((axis,))
+            # which row it is depends on the input
+            kinds = np.where(shared.kinds == Kind.MAP, Kind.DYN, shared.kinds)
             every = np.zeros((1,) * more, np.int64)
-            return [fact(shared.kinds.take(every, axis), shared.values.take(every, axis))]
+            return [fact(kinds.take(every, axis), shared.values.take(every, axis))]
         index = index if given.kinds.shape[axis] > 1 else np.zeros_like(index)
         return [fact(given.kinds.take(index, axis), given.values.take(index, axis))]
 

@@ -288,6 +288,8 @@ class Slice(Rule):
         if given is None or ranges is None:
             return [None]
         kinds, values = given.kinds, given.values
+        if any(high < 0 for _, high in ranges.values()):  # it may depend on the input
+            kinds = np.where(kinds == Kind.MAP, Kind.DYN, kinds)
         for axis, (low, high) in ranges.items():
             if kinds.shape[axis] > 1:
                 if high < 0:

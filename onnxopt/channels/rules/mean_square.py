@@ -93,7 +93,7 @@ class MeanSquare:
 
 
 def _reader(a: Analysis, node: NodeProto, op: str, slot: int = -1) -> NodeProto | None:
-    """The one reader of what `node` makes, where it is an `op` that reads it at `slot`."""
+    """The one reader of what `node` makes, if it is an `op` that reads it at `slot`."""
     use = a.graph.only_use(node.output[0])
     if use is None or use.view is not a.graph or a.graph.op(use.node) != op:
         return None
