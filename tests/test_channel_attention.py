@@ -224,7 +224,12 @@ def drawn(net: Net, count: int, dims: int, groups: int = 1, rope: bool = False) 
 def core(net: Net, q: str, k: str, v: str, scale: float, more: str = "") -> str:
     """Scores, Softmax, context; all [batch, heads, sequence, dims], k transposed."""
     scores = net.op("MatMul", q, k)
-    scores = net.op("Mul", scores, net.const(scale, np.float32))
+    if scale:
+        scores = net.op("Mul", scores, net.const(scale, np.float32))
+    else:  # by the root of a size that is computed
+        size = net.op("Gather", net.op("Shape", q), net.const(3))
+        root = net.op("Sqrt", net.op("Cast", size, to=TensorProto.FLOAT))
+        scores = net.op("Div", scores, root)
     if more:
         scores = net.op("Add", scores, more)
     weights = net.op("Softmax", scores, axis=-1)
@@ -280,7 +285,7 @@ def bert_attention(net: Net, name: str, given: str) -> str:
         split = net.reshape(flat, given, [h.count, h.dims])
         perm = [0, 2, 3, 1] if side == "k" else [0, 2, 1, 3]
         parts.append(net.op("Transpose", split, perm=perm))
-    context = core(net, *parts, scale=0.5)
+    context = core(net, parts[0], parts[1], parts[2], 0.5 if net.coin() else 0)
     flat = merged(net, context, given, size)
     out = net.linear(f"{name}.o", flat, size, net.hidden, True)
     mask(net, name, h)
@@ -330,7 +335,7 @@ def gpt2_attention(net: Net, name: str, given: str) -> str:
         split = net.reshape(flat, given, [h.count, h.dims])
         perm = [0, 2, 3, 1] if side == "k" else [0, 2, 1, 3]
         parts.append(net.op("Transpose", split, perm=perm))
-    context = core(net, *parts, scale=0.5, more=causal(net, given))
+    context = core(net, parts[0], parts[1], parts[2], 0.5, causal(net, given))
     flat = merged(net, context, given, size)
     out = conv1d(net, f"{name}.o", flat, size, net.hidden)
     # the parts are masked on their own, then put together
@@ -582,7 +587,8 @@ def feeds(model: ModelProto) -> list[support.Feed]:
     """A feed for each size; static models have one size."""
     found = []
     for number, (batch, sequence) in enumerate(SIZES):
-        rng, feed = np.random.default_rng(number), {}
+        rng = np.random.default_rng(number)
+        feed: support.Feed = {}
         for value in model.graph.input:
             dims = [d.dim_value for d in value.type.tensor_type.shape.dim]
             if all(dims[:2]):
@@ -591,7 +597,7 @@ def feeds(model: ModelProto) -> list[support.Feed]:
                 array = rng.standard_normal((batch, sequence, dims[2]))
                 feed["x"] = array.astype(np.float32)
             elif value.name == "ids":
-                feed["ids"] = rng.integers(0, 20, (batch, sequence))
+                feed["ids"] = np.asarray(rng.integers(0, 20, (batch, sequence)))
             else:
                 feed["places"] = np.tile(np.arange(sequence), (batch, 1))
         found.append(feed)

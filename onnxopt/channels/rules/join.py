@@ -375,7 +375,7 @@ def _slice_inputs(a: Analysis, node: NodeProto) -> SliceInputs | None:
     starts, ends = _integers(a, names[0]), _integers(a, names[1])
     if starts is None or ends is None or len(starts) != len(ends):
         return None
-    steps = _integers(a, names[3]) if names[3] else [1] * len(starts)
+    steps = _integers(a, names[3]) if names[3] else [*itertools.repeat(1, len(starts))]
     axes = _integers(a, names[2]) if names[2] else list(range(len(starts)))
     if steps is None or axes is None or {len(axes), len(steps)} != {len(starts)}:
         return None
@@ -410,9 +410,9 @@ class _Range:
         for axis, (low, high) in self.spans.items():
             kept = removal.kept_along(self.slot, axis)
             if not kept.all():
-                place = axes.index(axis)
-                starts[place] = int(kept[:low].sum())
-                ends[place] = starts[place] + int(kept[low:high].sum())
+                place, start = axes.index(axis), int(kept[:low].sum())
+                starts[place] = start
+                ends[place] = start + int(kept[low:high].sum())
         for index, name, values in ((1, "starts", starts), (2, "ends", ends)):
             if list(given[index - 1]) == values:
                 continue
@@ -422,5 +422,5 @@ class _Range:
                 removal.change(node, index, _becomes(values))
 
 
-def _becomes(values: Sequence[int]) -> Change:
+def _becomes(values: Sequence[int | None]) -> Change:
     return lambda array: np.asarray(values, array.dtype).reshape(array.shape)
