@@ -166,6 +166,24 @@ def _turned(
     return spread.reshape(made)
 
 
+def _touched(parts: Sequence[Block], axes: Sequence[int]) -> list[Block]:
+    """The blocks that hold `axes`; an axis of one element, with the block behind it."""
+    found = [part for part in parts if set(part[0]) & set(axes)]
+    rest = parts[parts.index(found[-1]) + 1 :] if found else []
+    while rest and not any(theirs for _, theirs in found):
+        found.append(rest[0])
+        rest = rest[1:]
+    return found
+
+
+def _in_front(axes: Sequence[int], ones: Sequence[int]) -> list[int]:
+    """The axes of one element that stand directly in front of `axes`."""
+    first = min(axes, default=0)
+    while first - 1 in ones:
+        first -= 1
+    return [*range(first, min(axes, default=0))]
+
+
 def _is_known(sizes: Shape, axes: Sequence[int]) -> bool:
     return all(isinstance(sizes[axis], int) for axis in axes)
 
@@ -222,7 +240,7 @@ class Reshape(Rule):
         if link.side == "out":
             before, after = after, before
             parts = [(theirs, mine) for mine, theirs in parts]
-        touched = [part for part in parts if set(part[0]) & set(link.axes)]
+        touched = _touched(parts, link.axes)
         mine = [axis for part in touched for axis in part[0]]
         theirs = [axis for part in touched for axis in part[1]]
         if not _is_known(before, mine) or not _is_known(after, theirs):
@@ -252,9 +270,8 @@ class Reshape(Rule):
         axes = [axis for axis in theirs if after[axis] != 1]
         ones = [o for o, size in enumerate(after) if size == 1 and o not in theirs]
         reached = {*theirs, *ones}
-        covered = [
-            s for s in known if set(s.axes) <= reached and set(s.axes) & set(theirs)
-        ]
+        wanted = {*theirs, *_in_front(theirs, ones)}
+        covered = [s for s in known if set(s.axes) <= reached and set(s.axes) & wanted]
         theirs = [*theirs, *ones]
         if covered:  # it came from there: by an axis that spans the block or a part
             axes = sorted({axis for slot in covered for axis in slot.axes})
