@@ -43,7 +43,7 @@ class Net:
     nodes: list[NodeProto] = field(default_factory=list)
     weights: dict[str, Array] = field(default_factory=dict)
     expected: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    imports: dict[str, int] = field(default_factory=dict)
+    shapes: dict[tuple[str, tuple[int, ...]], str] = field(default_factory=dict)
     count: int = 0
 
     def __post_init__(self) -> None:
@@ -97,7 +97,10 @@ class Net:
             # what -1 stands for is known only where nothing broadcasts over the batch
             last = sizes[-1] if len(sizes) > 1 or self.broadcasts else -1
             parts += [self.const([size]) for size in (*sizes[:-1], last)]
-            literals = self.op("Concat", *parts, axis=0)
+            key = like, tuple(sizes)  # who wants the same shape reads the same one
+            if key not in self.shapes:
+                self.shapes[key] = self.op("Concat", *parts, axis=0)
+            literals = self.shapes[key]
         return str(self.op("Reshape", name, literals))
 
     def linear(self, name: str, given: str, size: int, outputs: int, bias: bool) -> str:
@@ -144,7 +147,6 @@ class Net:
             [numpy_helper.from_array(v, k) for k, v in self.weights.items()],
         )
         opsets = [helper.make_opsetid("", self.opset)]
-        opsets += [helper.make_opsetid(k, v) for k, v in self.imports.items()]
         made: ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
         return made
 
@@ -596,6 +598,9 @@ def feeds(model: ModelProto) -> list[support.Feed]:
             if value.name == "x":
                 array = rng.standard_normal((batch, sequence, dims[2]))
                 feed["x"] = array.astype(np.float32)
+            elif value.name.startswith("past_"):
+                array = rng.standard_normal((batch, dims[1], 2, dims[3]))
+                feed[value.name] = array.astype(np.float32)
             elif value.name == "ids":
                 feed["ids"] = np.asarray(rng.integers(0, 20, (batch, sequence)))
             else:
@@ -608,7 +613,13 @@ def shrink(net: Net, context: Context, pipeline: str = "zero-channels") -> Model
     """Shrinks, compares numbers at two sizes and all sizes of weights."""
     used = {name for node in net.nodes for name in node.input}
     inputs = [name for name in ("x", "ids", "places") if name in used]
-    source = net.model("end", inputs)
+    return check(net, net.model("end", inputs), context, pipeline)
+
+
+def check(
+    net: Net, source: ModelProto, context: Context, pipeline: str = "zero-channels"
+) -> Model:
+    """The same for a model that has more inputs or outputs."""
     onnx.checker.check_model(source)
     try:
         model = support.run_passes(source, pipeline, context)
@@ -650,3 +661,354 @@ NETS: dict[str, Build] = {
 def test_blocks(name: str, dynamic: bool, seed: int, worker: Context) -> None:
     """Heads, dims, units and channels that are zero go, and nothing else changes."""
     shrink(NETS[name](seed, dynamic), worker)
+
+
+# ---- one attention, masked by hand ----
+
+HEADS, DIMS = 3, 4
+SIZE = HEADS * DIMS
+
+
+@dataclass
+class Single(Net):
+    """One attention of 3 heads of 4 dims, with hooks at its inner values."""
+
+    names: list[str] = field(default_factory=list)
+
+    def build(
+        self,
+        scores: Callable[[str], str] = lambda name: name,
+        weights: Callable[[str], str] = lambda name: name,
+        heads: Callable[[str, str], str] = lambda side, name: name,
+        bias: bool = True,
+    ) -> Single:
+        """x to the output of the last layer."""
+        parts = {}
+        for side in "qkv":
+            flat = self.linear(side, "x", self.hidden, SIZE, bias)
+            split = self.reshape(flat, "x", [HEADS, DIMS])
+            made = self.op("Transpose", split, perm=[0, 2, 1, 3])
+            parts[side] = heads(side, made)
+        keys = self.op("Transpose", parts["k"], perm=[0, 1, 3, 2])
+        product = scores(self.op("MatMul", parts["q"], keys))
+        mixed = weights(self.op("Softmax", product, axis=-1))
+        context = self.op("MatMul", mixed, parts["v"])
+        flat = merged(self, context, "x", SIZE)
+        out = self.linear("o", flat, SIZE, self.hidden, bias)
+        self.nodes.append(helper.make_node("Identity", [out], ["end"]))
+        return self
+
+    def lose(self, side: str, channels: Iterable[int], bias: float = 0.0) -> None:
+        """Make channels of a layer zero, or constant."""
+        listed = list(channels)
+        self.zero(f"{side}.w", 0 if side == "o" else 1, listed)
+        if side != "o" and f"{side}.b" in self.weights:
+            self.weights[f"{side}.b"][listed] = bias
+
+    def keeps(self, q: int, k: int, v: int) -> None:
+        """How many channels each layer is to have in the end."""
+        for side, size in (("q", q), ("k", k), ("v", v)):
+            self.expect(f"{side}.w", -1, size)
+        self.expect("o.w", v, -1)
+
+
+def head(*heads: int) -> list[int]:
+    """The channels of whole heads."""
+    return [h * DIMS + d for h in heads for d in range(DIMS)]
+
+
+def dim(*dims: int) -> list[int]:
+    """The channels of these dims of every head."""
+    return [h * DIMS + d for h in range(HEADS) for d in dims]
+
+
+def test_constant_values(worker: Context) -> None:
+    """The rows of a Softmax sum to 1: what values are constant goes into the bias."""
+    net = Single(0).build()
+    net.lose("v", dim(1), 0.75)
+    net.lose("v", head(2), -0.5)
+    net.keeps(8, 8, 6)
+    shrink(net, worker)
+
+
+def test_constant_values_behind_a_guard(worker: Context) -> None:
+    """Rows that a guard may change need not sum to 1."""
+
+    def guarded(name: str) -> str:
+        nan = net.op("IsNaN", name)
+        return str(net.op("Where", nan, net.const(0, np.float32), name))
+
+    net = Single(0)
+    net.build(weights=guarded)
+    net.lose("v", dim(1), 0.75)
+    net.keeps(12, 12, 12)
+    shrink(net, worker)
+
+
+def test_zero_values_behind_a_guard(worker: Context) -> None:
+    """Zeros are zero whatever the weights are."""
+    net = Single(0)
+    net.build(weights=lambda name: str(net.op("Mul", name, net.const(2, np.float32))))
+    net.lose("v", [*dim(1), *head(0)])
+    net.keeps(8, 8, 6)
+    shrink(net, worker)
+
+
+def test_dims_of_one_head_stay(worker: Context) -> None:
+    """Every head keeps the same dims."""
+    net = Single(1).build()
+    net.lose("k", [1, 2, 5])
+    net.lose("v", [0, 4, 11])
+    net.keeps(12, 12, 12)
+    shrink(net, worker)
+
+
+def test_dims_of_the_heads_that_are_left(worker: Context) -> None:
+    """What goes of the others need not be the same in a head that goes."""
+    net = Single(1).build()
+    net.lose("k", [1, 5])
+    net.lose("v", [*head(2), 3, 7])
+    net.keeps(6, 6, 6)
+    shrink(net, worker)
+
+
+def test_zero_scores_stay(worker: Context) -> None:
+    """A head without queries takes the mean of its values."""
+    net = Single(2).build()
+    net.lose("q", head(1))
+    net.keeps(12, 12, 12)
+    shrink(net, worker)
+
+
+def test_no_scores_at_all(worker: Context) -> None:
+    """One dim stays for the shapes."""
+    net = Single(2).build()
+    net.lose("q", range(SIZE))
+    net.keeps(3, 3, 12)
+    shrink(net, worker)
+
+
+def test_no_values_at_all(worker: Context) -> None:
+    """One head of one dim stays, unless other passes take it out."""
+    net = Single(2).build()
+    net.lose("v", range(SIZE))
+    net.keeps(1, 1, 1)
+    shrink(net, worker)
+
+
+def test_talking_heads(worker: Context) -> None:
+    """A Softmax over the heads, or a layer between them, keeps all; not the dims."""
+    net = Single(3)
+    net.build(scores=lambda name: str(net.op("Softmax", name, axis=1)))
+    net.lose("v", head(0))
+    net.lose("k", dim(3))
+    net.keeps(9, 9, 12)
+    shrink(net, worker)
+
+
+def test_scores_that_are_given_away(worker: Context) -> None:
+    """Weights that are an output keep their heads; the dims go."""
+    net = Single(3)
+    net.build()
+    net.lose("v", [*head(0), *dim(2)])
+    net.lose("q", dim(3))
+    softmax = next(node for node in net.nodes if node.op_type == "Softmax")
+    net.names = [softmax.output[0]]
+    net.keeps(9, 9, 9)
+    source = net.model("end")
+    dims = ["a", HEADS, "s", "t"]
+    given = helper.make_tensor_value_info(softmax.output[0], TensorProto.FLOAT, dims)
+    source.graph.output.append(given)
+    check(net, source, worker)
+
+
+def test_heads_with_constants_of_their_own(worker: Context) -> None:
+    """A bias for each head, as ALiBi has it, loses heads with the scores."""
+    net = Single(4)
+    slopes = net.weight("slopes", 1, HEADS, 1, 1)
+    net.build(scores=lambda name: str(net.op("Add", name, slopes)))
+    net.lose("o", head(1))
+    net.keeps(8, 8, 8)
+    net.expect("slopes", 1, 2, 1, 1)
+    shrink(net, worker)
+
+
+def normed(net: Net, name: str, scale: str) -> str:
+    """x / sqrt(mean(x * x) + epsilon) * scale over the last axis."""
+    mean = net.op("ReduceMean", net.op("Mul", name, name), axes=[-1])
+    root = net.op("Sqrt", net.op("Add", mean, net.const(1e-2, np.float32)))
+    return str(net.op("Mul", net.op("Div", name, root), scale))
+
+
+@pytest.mark.parametrize("op", ["parts", "RMSNormalization"])
+def test_norm_of_queries(op: str, worker: Context) -> None:
+    """Over the dims of a head: dims that are zero go, with their scale."""
+    net = Single(5, opset=23 if op != "parts" else 17)
+    scales = {side: net.weight(f"{side}.g", DIMS) for side in "qk"}
+
+    def heads(side: str, name: str) -> str:
+        if side == "v":
+            return name
+        if op == "parts":
+            return normed(net, name, scales[side])
+        return str(net.op(op, name, scales[side], epsilon=1e-2))
+
+    net.build(heads=heads)
+    net.lose("q", dim(0, 2))
+    net.lose("k", dim(0, 2))
+    net.lose("v", head(2))
+    net.keeps(4, 4, 8)
+    net.expect("q.g", 2)
+    net.expect("k.g", 2)
+    shrink(net, worker)
+
+
+@pytest.mark.parametrize("op", ["parts", "RMSNormalization"])
+def test_norm_of_what_is_not_zero(op: str, worker: Context) -> None:
+    """A scale of zero makes zeros of what the norm has read: they stay before it."""
+    net = Single(5, opset=23 if op != "parts" else 17)
+    scale = net.weight("q.g", DIMS)
+    net.weights[scale][1] = 0
+
+    def heads(side: str, name: str) -> str:
+        if side != "q":
+            return name
+        if op == "parts":
+            return normed(net, name, scale)
+        return str(net.op(op, name, scale))
+
+    net.build(heads=heads)
+    net.keeps(12, 12, 12)
+    shrink(net, worker)
+
+
+def test_layer_norm_of_queries(worker: Context) -> None:
+    """With a mean taken off, dims stay; a scale and bias of zero are no reason."""
+    net = Single(6)
+    names = net.weight("g", DIMS), net.weight("h", DIMS)
+    net.weights["g"][2] = net.weights["h"][2] = 0
+
+    def heads(side: str, name: str) -> str:
+        return str(net.op("LayerNormalization", name, *names)) if side == "q" else name
+
+    net.build(heads=heads)
+    net.lose("q", dim(0))
+    net.lose("o", head(0))
+    net.keeps(8, 8, 8)
+    shrink(net, worker)
+
+
+def test_scale_of_zero_behind_a_layer_norm(worker: Context) -> None:
+    """What a LayerNormalization makes constant goes into the layers that read it."""
+    net = Net(7)
+    given = net.norm("n", "x")
+    net.weights["n.g"][[1, 5]] = 0
+    units = net.op("Relu", net.linear("up", given, net.hidden, 8, True))
+    out = net.linear("down", units, 8, net.hidden, True)
+    net.zero("up.w", 0, [i for i in range(net.hidden) if i not in (1, 5)])
+    net.nodes.append(helper.make_node("Identity", [out], ["end"]))
+    net.expect("up.w", net.hidden, 1)  # all are constant, and one stays
+    shrink(net, worker)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_half_of_a_rotated_pair(side: int, worker: Context) -> None:
+    """Both dims of a pair go, or none."""
+    net = Single(8)
+    turn = tables_of(net)
+
+    def heads(name: str, value: str) -> str:
+        return value if name == "v" else rotated(net, value, *turn, DIMS)
+
+    net.build(heads=heads)
+    net.lose("k", dim(1, *([3] if side else [])))
+    left = 6 if side else 12
+    net.keeps(left, left, 12)
+    shrink(net, worker)
+
+
+def tables_of(net: Net) -> tuple[str, str]:
+    """cos and sin [1, 1, sequence, dims], cut from constants."""
+    angles = np.outer(np.arange(16), [1.0, 0.1, 1.0, 0.1])
+    found = []
+    for function in (np.cos, np.sin):
+        table = net.const(function(angles)[None, None], np.float32)
+        end = net.size("x", 1)
+        axis = net.const([2])
+        found.append(str(net.op("Slice", table, net.const([0]), end, axis)))
+    return found[0], found[1]
+
+
+def test_one_query_head_of_a_group(worker: Context) -> None:
+    """Key heads serve whole groups: a query head alone stays."""
+    net = Net(9, broadcasts=True)
+    h = Heads(2, 4, 2, [], [], [])
+    net.op("Identity", "ids")
+    turn = tables_of(net)
+    out = llama_attention(net, "a", "x", h, turn)
+    net.nodes.append(helper.make_node("Identity", [out], ["end"]))
+    net.zero("a.o.w", 0, range(4, 8))
+    for side, size in (("q", 16), ("k", 8), ("v", 8)):
+        net.expect(f"a.{side}.w", -1, size)
+    net.nodes = [node for node in net.nodes if node.input[0] != "ids"]
+    shrink(net, worker)
+
+
+def test_every_second_query_head(worker: Context) -> None:
+    """The same query head of every group goes: the groups are smaller then."""
+    net = Net(9, broadcasts=True)
+    h = Heads(2, 4, 2, [], [], [])
+    out = llama_attention(net, "a", "x", h, tables_of(net))
+    net.nodes.append(helper.make_node("Identity", [out], ["end"]))
+    net.zero("a.o.w", 0, [*range(4, 8), *range(12, 16)])
+    shrink(net, worker)
+
+
+def test_hidden_channels_behind_a_layer_norm(worker: Context) -> None:
+    """A zero in the residual stream moves the mean: it stays."""
+    net = Net(10)
+    x = net.linear("in", "x", net.hidden, net.hidden, False)
+    net.zero("in.w", 1, [0, 3])
+    out = net.linear("out", net.norm("n", x), net.hidden, net.hidden, False)
+    net.nodes.append(helper.make_node("Identity", [out], ["end"]))
+    net.expect("in.w", 12, 12)
+    shrink(net, worker)
+
+
+@pytest.mark.parametrize("op", ["ReduceMean", "ReduceSum", "ReduceL2", "ReduceMax"])
+def test_reductions_over_channels(op: str, worker: Context) -> None:
+    """Zeros go from sums; from means, if the number is made up for; not from extremes."""
+    net = Net(11)
+    x = net.linear("in", "x", net.hidden, 8, False)
+    net.zero("in.w", 1, [0, 3])
+    axes: dict[str, Any] = {"axes": [-1]}
+    names = [x]
+    if op == "ReduceSum":
+        axes, names = {}, [x, net.const([-1])]
+    total = net.op(op, *names, keepdims=1, **axes)
+    out = net.linear("out", net.op("Add", x, total), 8, net.hidden, False)
+    net.nodes.append(helper.make_node("Identity", [out], ["end"]))
+    net.zero("out.w", 0, [0, 3])
+    net.expect("in.w", 12, 8 if op == "ReduceMax" else 6)
+    shrink(net, worker)
+
+
+def test_cached_keys(worker: Context) -> None:
+    """Keys of earlier steps come from outside, and say how many heads there are."""
+    net = Single(12)
+    net.build(
+        heads=lambda side, name: (
+            name if side == "q" else str(net.op("Concat", f"past_{side}", name, axis=2))
+        )
+    )
+    net.lose("v", [*head(0), *dim(2)])
+    net.lose("k", dim(3))
+    net.keeps(12, 12, 12)
+    source = net.model("end")
+    for side in "kv":
+        dims = ["batch", HEADS, "past", DIMS]
+        kind = TensorProto.FLOAT
+        source.graph.input.append(
+            helper.make_tensor_value_info(f"past_{side}", kind, dims)
+        )
+    check(net, source, worker)
