@@ -816,7 +816,7 @@ def test_scores_that_are_given_away(worker: Context) -> None:
     net.names = [softmax.output[0]]
     net.keeps(9, 9, 9)
     source = net.model("end")
-    dims = ["a", HEADS, "s", "t"]
+    dims: list[int | str | None] = ["a", HEADS, "s", "t"]
     given = helper.make_tensor_value_info(softmax.output[0], TensorProto.FLOAT, dims)
     source.graph.output.append(given)
     check(net, source, worker)
@@ -1006,7 +1006,7 @@ def test_cached_keys(worker: Context) -> None:
     net.keeps(12, 12, 12)
     source = net.model("end")
     for side in "kv":
-        dims = ["batch", HEADS, "past", DIMS]
+        dims: list[int | str | None] = ["batch", HEADS, "past", DIMS]
         kind = TensorProto.FLOAT
         source.graph.input.append(
             helper.make_tensor_value_info(f"past_{side}", kind, dims)

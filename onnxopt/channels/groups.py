@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto
 
+from onnxopt.channels.demand import Demand
 from onnxopt.channels.facts import Fact, Mask
 from onnxopt.channels.matching import Matching, Share
 
@@ -59,6 +60,16 @@ class Slot:
             return np.zeros(self.size, bool)
         others = tuple(o for o in range(known.kinds.ndim) if o not in self.axes)
         return np.broadcast_to(known.is_zero.all(axis=others), self.dims).reshape(-1)
+
+    def unread(self, need: Demand, over: Sequence[int] = ()) -> Mask:
+        """[atoms]: where nothing is needed, at this index of all axes but `over`."""
+        if need is None:
+            return np.zeros(self.size, bool)
+        rank = max(self.axes) + 1 if not need.ndim else need.ndim
+        need = need.reshape(need.shape or (1,) * rank)
+        need = np.asarray(need.any(axis=tuple(over), keepdims=True))
+        others = tuple(o for o in range(rank) if o not in self.axes)
+        return np.broadcast_to(~need.any(axis=others), self.dims).reshape(-1)
 
     def of(self, array: npt.NDArray[np.bool_]) -> Mask:
         """The slot's part of an array over all atoms."""

@@ -375,12 +375,13 @@ def _slice_inputs(a: Analysis, node: NodeProto) -> SliceInputs | None:
     starts, ends = _integers(a, names[0]), _integers(a, names[1])
     if starts is None or ends is None or len(starts) != len(ends):
         return None
-    steps = _integers(a, names[3]) if names[3] else [*itertools.repeat(1, len(starts))]
-    axes = _integers(a, names[2]) if names[2] else list(range(len(starts)))
-    if steps is None or axes is None or {len(axes), len(steps)} != {len(starts)}:
+    count = len(starts)
+    steps = _integers(a, names[3]) if names[3] else [1 for _ in range(count)]
+    axes = _integers(a, names[2]) if names[2] else [*range(count)]
+    if steps is None or axes is None or {len(axes), len(steps)} != {count}:
         return None
     known = [axis for axis in axes if axis is not None]
-    return (starts, ends, known, steps) if len(known) == len(axes) else None
+    return (starts, ends, known, list(steps)) if len(known) == count else None
 
 
 def _integers(a: Analysis, name: str) -> list[int | None] | None:

@@ -81,17 +81,44 @@ class LayerNormalization(Rule):
         elif any(place >= axis for place in link.axes):
             self.link_normalized(link, axis)
         else:
-            self.link_through(link, dict.fromkeys(link.axes))
+            self.link_through(link)
 
     def link_normalized(self, link: Link, axis: int) -> None:
-        """A slot with axes over which it normalizes."""
-        link.bar(f"{link.op} mixes the channels")
+        """Channels stay; of several axes, those that are not normalized may lose some."""
+        if len(link.axes) == 1:
+            link.bar(f"{link.op} mixes the channels")
+        else:
+            self.link_same(link, axis)
 
-    def link_through(self, link: Link, axes: Sequence[int] | dict[int, None]) -> None:
+    def link_same(self, link: Link, axis: int) -> None:
+        """The same channels before, after and in the parameters."""
+        a, node = link.analysis, link.node
+        rank = a.rank(node.input[0]) or 0
+        if (link.side == "out" and link.index > 0) or any(node.output[1:]):
+            link.bar("something reads what it divides by")
+            return
+        for index in range(1, len(node.input)):
+            dims = a.shape(node.input[index])
+            if a.graph.weight(node.input[index]) is None or dims is None:
+                link.bar("its parameters are not constant")
+                return
+            shift = rank - len(dims)
+            own = {o: o - shift for o in link.axes if o >= shift and dims[o - shift] != 1}
+            if own:
+                link.relate("in", index, own)
+        link.tie(link.opposite, 0, link.axes)
+        if link.side == "in":
+            link.sink(_Normalized(self, link, [o for o in link.axes if o >= axis]))
+
+    def free(self, link: Link) -> Mask:
+        """[atoms]: which zeros may go: none, since each moves the mean."""
+        return np.zeros(link.slot.size, bool)
+
+    def link_through(self, link: Link) -> None:
         """Every other output and the input have these axes as well."""
         for side, index in link.ports():
             if side == "out" or index == 0:
-                link.tie(side, index, list(axes))
+                link.tie(side, index, link.axes)
 
 
 class RMSNormalization(LayerNormalization):
@@ -108,34 +135,23 @@ class RMSNormalization(LayerNormalization):
         return is_zero if given is None else np.asarray(is_zero | given.is_zero)
 
     def link_normalized(self, link: Link, axis: int) -> None:
-        """The same channels before, after and in the scale."""
-        graph, node = link.groups.graph, link.node
-        rank = link.analysis.rank(node.input[0]) or 0
-        scale, shift = link.analysis.rank(node.input[1]), 0
-        if (link.side, link.index) not in (("in", 0), ("out", 0)) or any(node.output[1:]):
-            link.bar("something reads what it divides by")
-            return
-        if graph.weight(node.input[1]) is None or scale is None:
-            link.bar("its scale is not a constant")
-            return
-        link.tie(link.opposite, 0, link.axes)
-        shift = rank - scale
-        dims = link.analysis.shape(node.input[1]) or ()
-        own = {o: o - shift for o in link.axes if o >= shift and dims[o - shift] != 1}
-        if own:
-            link.relate("in", 1, own)
-        if link.side == "in":
-            link.sink(_Normalized(link, [o for o in link.axes if o >= axis]))
+        """Zeros may go."""
+        self.link_same(link, axis)
+
+    def free(self, link: Link) -> Mask:
+        """[atoms]: zeros."""
+        return link.slot.zeros(link.analysis.fact(link.slot.name))
 
 
 class _Normalized(Sink):
-    """The channels of an RMSNormalization: zeros go."""
+    """The channels of a norm: those that may, and rows of which nothing is needed."""
 
-    def __init__(self, link: Link, axes: Sequence[int]) -> None:
+    def __init__(self, rule: LayerNormalization, link: Link, axes: Sequence[int]) -> None:
         self.slot, self.node, self.normalized = link.slot, link.node, axes
         self.constant = np.zeros(link.slot.size, bool)
         self.values = np.zeros(link.slot.size)
-        self.free = link.slot.zeros(link.analysis.fact(link.slot.name))
+        need = link.analysis.demand(link.slot.name)
+        self.free = rule.free(link) | link.slot.unread(need, axes)
 
     def compensate(self, removal: Removal, removed: Mask) -> None:
         """The mean is over fewer channels: see mean_square."""

@@ -120,7 +120,10 @@ class _Addends(Sink):
         self.slot, self.node, self.reduced = link.slot, link.node, reduced
         self.constant = np.zeros(link.slot.size, bool)
         self.values = np.zeros(link.slot.size)
-        self.free = link.slot.zeros(link.analysis.fact(link.slot.name))
+        a, name = link.analysis, link.slot.name
+        self.free = link.slot.zeros(a.fact(name)) | link.slot.unread(
+            a.demand(name), reduced
+        )
 
     def compensate(self, removal: Removal, removed: Mask) -> None:
         """A mean over fewer elements is larger by this ratio."""
