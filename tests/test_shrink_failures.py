@@ -223,7 +223,7 @@ def test_normalization_over_channels(
     assert model.ledger.edits == 0
     kept = reasons(source, "t")[1]
     assert kept is not None
-    assert "MeanVarianceNormalization" in kept or "it reduces this axis" in kept
+    assert "MeanVarianceNormalization" in kept or "ReduceMean:v depends on it" in kept
 
 
 def test_fused_normalization_over_the_image(shrink: Callable[..., Model]) -> None:
@@ -439,9 +439,7 @@ def test_barrier_over_channels(
     model = shrink(source)
     assert not gone(model)
     operator = node.split()[2]
-    reason = str(reasons(source, "t")[1])
-    assert reason.endswith(f" ({operator}:p)")
-    assert "there is no channel rule" in reason or "neighbouring" in reason
+    assert (reasons(source, "t")[1] or "").endswith(f"({operator}:p)")
 
 
 def test_barrier_is_in_the_report(shrink: Callable[..., Model]) -> None:

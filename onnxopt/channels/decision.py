@@ -72,8 +72,15 @@ class Decision:
             changed = False
             for check, text in checks:
                 changed |= self._keep(check(self._removed()), text)
-            if not changed and not self._keep(last(self._removed()), _LAST):
+            if not changed and not self._choose(last):
                 return
+
+    def _choose(self, last: Callable[[Mask], Ints]) -> bool:
+        """Keep something where it is not settled what; whether there was such a place."""
+        for check, text in self.groups.choices:
+            if self._keep(check(self._removed()), text):
+                return True
+        return self._keep(last(self._removed()), _LAST)
 
     # ---- one constant channel stays where there is padding ----
 

@@ -29,6 +29,10 @@ class Rule:
     drops_inputs = False
     layer_axis: int | None = None
 
+    def is_layer(self, a: Analysis, node: NodeProto) -> bool:
+        """Whether `node` makes channels, on `layer_axis`."""
+        return self.layer_axis is not None
+
     def forward(self, a: Analysis, node: NodeProto) -> Sequence[Fact | None]:
         """What is known of each output, from what is known of the inputs."""
         return [None] * len(node.output)
@@ -45,7 +49,9 @@ class Rule:
 
     def seeds(self, a: Analysis, node: NodeProto) -> Sequence[Seed]:
         """The outputs that it makes channels on, with the axes that count them."""
-        rank = a.rank(node.output[0]) if self.layer_axis is not None else None
+        if not self.is_layer(a, node):
+            return []
+        rank = a.rank(node.output[0])
         if self.layer_axis is None or not rank or not -rank <= self.layer_axis < rank:
             return []
         return [(0, (self.layer_axis % rank,))]

@@ -1,4 +1,4 @@
-"""Operators on the axes behind the channels: pools, reductions, Pad."""
+"""Operators on the axes behind the channels: pools, Pad."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from onnxopt.channels.demand import Demand
 from onnxopt.channels.facts import Fact, Kind, Kinds, fact
 from onnxopt.channels.groups import Link
 from onnxopt.channels.rules.rule import Rule
-from onnxopt.channels.rules.sums import WHY_NOT, SumSink
 
 if TYPE_CHECKING:
     from onnxopt.channels.analysis import Analysis
@@ -74,94 +73,6 @@ def _unless_zero(given: Fact) -> Kinds:
     """Constants become MAP, except for zeros."""
     changed = given.is_const & ~given.is_zero
     return np.asarray(np.where(changed, Kind.MAP, given.kinds), np.uint8)
-
-
-class Reduce(Rule):
-    """ReduceMean and its kin, over axes that hold no channels."""
-
-    keeps = frozenset({"ReduceMean", "ReduceMax", "ReduceMin"})
-
-    def axes(self, a: Analysis, node: NodeProto) -> tuple[int, ...] | None:
-        """The axes that are reduced (from 0 on); None where they are not known."""
-        rank = a.rank(node.input[0])
-        axes = attributes.get(node, "axes")
-        if axes is None and len(node.input) > 1 and node.input[1]:
-            array = a.array(node.input[1])
-            if array is None:
-                return None
-            axes = array.tolist()
-        if rank is None:
-            return None
-        if not axes:
-            is_idle = attributes.get(node, "noop_with_empty_axes", 0)
-            return () if is_idle else tuple(range(rank))
-        return tuple(sorted(axis % rank for axis in axes))
-
-    def _keepdims(self, node: NodeProto) -> bool:
-        return bool(attributes.get(node, "keepdims", 1))
-
-    def forward(self, a: Analysis, node: NodeProto) -> Sequence[Fact | None]:
-        """Means and extremes of a constant are that constant."""
-        given, axes = a.fact(node.input[0]), self.axes(a, node)
-        if given is None or axes is None:
-            return [None]
-        kinds = given.kinds.min(axis=axes, keepdims=True)
-        first = given.values.min(axis=axes, keepdims=True)
-        same = first == given.values.max(axis=axes, keepdims=True)
-        if node.op_type not in self.keeps:
-            same = same & (first == 0) & (node.op_type in _OF_ZEROS)
-        kinds = np.where((kinds == Kind.CONST) & ~same, Kind.MAP, kinds)
-        if not self._keepdims(node):
-            kinds, first = kinds.squeeze(axes), first.squeeze(axes)
-        return [fact(kinds, first)]
-
-    def backward(
-        self, a: Analysis, node: NodeProto, needs: Sequence[Demand]
-    ) -> Sequence[Demand]:
-        """Of the input, all that is needed of the result went into."""
-        wanted: list[Demand] = [None] * len(node.input)
-        axes, need = self.axes(a, node), needs[0]
-        rank = a.rank(node.input[0])
-        if axes is None or need is None or rank is None:
-            return wanted
-        if need.ndim and not self._keepdims(node):
-            need = np.expand_dims(need, axes)
-        wanted[0] = need
-        return wanted
-
-    def link(self, link: Link) -> None:
-        """Axes that are not reduced go through."""
-        node = link.node
-        axes = self.axes(link.analysis, node)
-        rank = link.analysis.rank(node.input[0])
-        if axes is None or rank is None or (link.side == "in" and link.index > 0):
-            link.bar("the axes that it reduces are not known")
-            return
-        left = [axis for axis in range(rank) if axis not in axes]
-        if self._keepdims(node):
-            left = list(range(rank))
-        if link.side == "out":
-            own = [left[axis] for axis in link.axes]
-        else:
-            own = list(link.axes)
-        if link.side == "in" and all(axis in axes for axis in own):
-            self._link_reduced(link, axes)
-        elif any(axis in axes for axis in own):
-            link.bar("it reduces this axis")
-        elif link.side == "out":
-            link.tie("in", 0, own)
-        else:
-            link.tie("out", 0, [left.index(axis) for axis in own])
-
-    def _link_reduced(self, link: Link, axes: tuple[int, ...]) -> None:
-        """What is added up can do without zeros."""
-        if link.op in _OF_ZEROS:
-            link.sink(SumSink(link, axes))
-        else:
-            link.bar(f"it reduces this axis: {WHY_NOT[link.op]}")
-
-
-_OF_ZEROS = frozenset({"ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare"})
 
 
 class Pad(Rule):

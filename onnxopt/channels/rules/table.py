@@ -6,7 +6,8 @@ from onnx import NodeProto
 
 from onnxopt import attributes
 from onnxopt.channels.rules.convolution import Conv, ConvTranspose
-from onnxopt.channels.rules.elementwise import Dropout, Elementwise, Product
+from onnxopt.channels.rules.elementwise import Dropout, Elementwise, Product, Quotient
+from onnxopt.channels.rules.expand import Expand, Tile
 from onnxopt.channels.rules.fill import Fill
 from onnxopt.channels.rules.gather import Gather
 from onnxopt.channels.rules.groups_norm import (
@@ -29,16 +30,19 @@ from onnxopt.channels.rules.integer_layers import (
     QLinearMatMul,
 )
 from onnxopt.channels.rules.join import Concat, Slice, Split
+from onnxopt.channels.rules.layer_norm import LayerNormalization, RMSNormalization
 from onnxopt.channels.rules.layout import Reshape, Transpose
 from onnxopt.channels.rules.normalization import BatchNormalization
 from onnxopt.channels.rules.pixel import PixelShuffle
 from onnxopt.channels.rules.product import Gemm, MatMul
 from onnxopt.channels.rules.quantize import Quantizing
 from onnxopt.channels.rules.recurrent import Recurrent
+from onnxopt.channels.rules.reduction import Reduce
 from onnxopt.channels.rules.resize import Resize
 from onnxopt.channels.rules.rule import BARRIER, Rule
 from onnxopt.channels.rules.size import Size
-from onnxopt.channels.rules.spatial import Pad, Pool, Reduce
+from onnxopt.channels.rules.softmax import Softmax
+from onnxopt.channels.rules.spatial import Pad, Pool
 from onnxopt.graph import GraphView
 
 _UNARY = (
@@ -48,7 +52,7 @@ _UNARY = (
     "Swish Tan Tanh ThresholdedRelu"
 )
 _BROADCASTING = (
-    "Add And Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Or PRelu "
+    "Add And Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Or PRelu "
     "Pow Sub Sum Where Xor"
 )
 _REDUCTIONS = (
@@ -75,6 +79,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_POOLS.split(), Pool()),
     **dict.fromkeys(("Flatten", "Reshape", "Squeeze", "Unsqueeze"), Reshape()),
     **dict.fromkeys(("GRU", "LSTM", "RNN"), Recurrent()),
+    **dict.fromkeys(("Hardmax", "LogSoftmax", "Softmax"), Softmax()),
     **dict.fromkeys(("DequantizeLinear", "QuantizeLinear"), Quantizing()),
     "BatchNormalization": BatchNormalization(),
     "Concat": Concat(),
@@ -90,17 +95,23 @@ RULES: dict[str, Rule] = {
     "GroupNormalization": GroupNormalization(),
     "InstanceNormalization": InstanceNormalization(),
     "LRN": Neighbours(),
+    "Div": Quotient(),
+    "Expand": Expand(),
+    "LayerNormalization": LayerNormalization(),
     "MatMul": MatMul(),
     "MatMulInteger": IntegerMatMul(),
     "Mul": Product(),
     "Pad": Pad(),
     "QLinearConv": QLinearConv(),
     "QLinearMatMul": QLinearMatMul(),
+    "RMSNormalization": RMSNormalization(),
     "Resize": Resize(),
     "Shape": Size(),
+    "SimplifiedLayerNormalization": RMSNormalization(),
     "Slice": Slice(),
     "SpaceToDepth": PixelShuffle(),
     "Split": Split(),
+    "Tile": Tile(),
     "Transpose": Transpose(),
     "Upsample": Resize(),
     **{f"com.microsoft::{name}": rule for name, rule in _MICROSOFT.items()},
