@@ -79,6 +79,11 @@ class Removal:
         """Which atoms of a slot stay."""
         return np.asarray(~slot.of(self.removed))
 
+    def sizes(self, slot: Slot) -> dict[int, int]:
+        """By axis of a slot, what is left of its size."""
+        kept = self.kept(slot).reshape(slot.dims)
+        return dict(zip(slot.axes, blocks.extents(kept), strict=True))
+
     def kept_of(self, name: str, axis: int) -> Mask | None:
         """Which indices of an axis of a value stay; None where it has no such slot."""
         slot = self.groups.slots.get((name, (axis,)))
@@ -169,11 +174,11 @@ class Removal:
         for slot in self.component.slots:
             if slot.reader is not None or slot.name not in declared.shapes:
                 continue
-            kept = self.kept(slot).reshape(slot.dims)
+            kept = self.kept(slot)
             if kept.all() or not kept.any():
                 continue
             dims = made.get(slot.name, list(declared.shapes[slot.name]))
-            for axis, size in zip(slot.axes, blocks.extents(kept), strict=True):
+            for axis, size in self.sizes(slot).items():
                 dims[axis] = size
             made[slot.name] = dims
         return made

@@ -10,7 +10,6 @@ import numpy as np
 from onnx import NodeProto
 
 from onnxopt import attributes
-from onnxopt.channels.blocks import extents
 from onnxopt.channels.demand import Demand
 from onnxopt.channels.facts import Fact, Mask, fact
 from onnxopt.channels.groups import Ints, Link, Restriction, Slot
@@ -273,10 +272,10 @@ class ShapePatch:
         name = self.node.output[0]
         assert self._literals is not None
         for slot in removal.groups.slots_of(name):
-            kept = removal.kept(slot).reshape(slot.dims)
+            kept = removal.kept(slot)
             if kept.all() or not kept.any():
                 continue
-            for axis, size in zip(slot.axes, extents(kept), strict=True):
+            for axis, size in removal.sizes(slot).items():
                 if (self._literals[axis] or 0) > 0:
                     self._write(removal, axis, size)
 
