@@ -1104,7 +1104,7 @@ def test_unread_channels_of_a_dynamic_range_stay(shrink: Callable[..., Model]) -
 # ---- sums ----
 
 
-@pytest.mark.parametrize("op_type", ["ReduceSum", "ReduceL1", "ReduceL2", "ReduceMean"])
+@pytest.mark.parametrize("op_type", ["ReduceSum", "ReduceL1", "ReduceL2", "ReduceMax"])
 @pytest.mark.parametrize("constant", [0.0, 0.5])
 @pytest.mark.parametrize("axes", [(1,), (1, 2, 3), (1, -1)])
 def test_sums_over_channels(
@@ -1118,7 +1118,7 @@ def test_sums_over_channels(
     else:
         net.add(op_type, "t", axes=axes)
     left = 4
-    if op_type == "ReduceSum" or (op_type != "ReduceMean" and not constant):
+    if op_type == "ReduceSum" or (op_type != "ReduceMax" and not constant):
         left = 2
     found = dims(shrink(net.model(y=4)))
     assert found["W"][0] == found["b"][0] == left
@@ -1133,7 +1133,7 @@ def test_a_sum_over_an_open_size(shrink: Callable[..., Model]) -> None:
     assert dims(shrink(net.model(y=4)))["W"][0] == 3
 
 
-@pytest.mark.parametrize("op_type", ["ReduceMax", "ReduceMean", "ReduceLogSumExp"])
+@pytest.mark.parametrize("op_type", ["ReduceMax", "ReduceMin", "ReduceLogSumExp"])
 def test_reductions_that_count_zeros(
     op_type: str, reasons: Callable[..., list[str | None]]
 ) -> None:
