@@ -223,7 +223,7 @@ def test_normalization_over_channels(
     assert model.ledger.edits == 0
     kept = reasons(source, "t")[1]
     assert kept is not None
-    assert "MeanVarianceNormalization" in kept or "it reduces this axis" in kept
+    assert "MeanVarianceNormalization" in kept or "ReduceMean:v depends on it" in kept
 
 
 def test_fused_normalization_over_the_image(shrink: Callable[..., Model]) -> None:
@@ -420,8 +420,6 @@ def test_norm_that_is_not_folded_is_no_obstacle(
 # ---- barriers, and why ----
 
 BARRIERS = {
-    "instance norm": ("p = InstanceNormalization (t, g, h)", 17),
-    "group norm": ("p = GroupNormalization <num_groups = 1> (t, g, h)", 21),
     "local response norm": ("p = LRN <size = 3> (t)", 17),
     "softmax": ("p = Softmax <axis = 1> (t)", 17),
     "log-softmax": ("p = LogSoftmax <axis = 1> (t)", 17),
@@ -436,15 +434,12 @@ def test_barrier_over_channels(
 ) -> None:
     """What mixes channels keeps all of them, and says that it does."""
     node, opset = BARRIERS[case]
-    more = ", float[3] g = {1,2,3}, float[3] h = {0,1,2}, float[3,6,6] w = {}"
-    source = conv_pair(node, more, opset=opset)
+    source = conv_pair(node, ", float[3,6,6] w = {}", opset=opset)
     support.randomize(source, "w")
     model = shrink(source)
     assert not gone(model)
     operator = node.split()[2]
-    assert reasons(source, "t")[1] == (
-        f"there is no channel rule for {operator} ({operator}:p)"
-    )
+    assert (reasons(source, "t")[1] or "").endswith(f"({operator}:p)")
 
 
 def test_barrier_is_in_the_report(shrink: Callable[..., Model]) -> None:

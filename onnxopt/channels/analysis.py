@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
-from onnxopt import attributes
+from onnxopt import attributes, zeros
 from onnxopt.channels import compute
 from onnxopt.channels.demand import NOTHING, Demand, merge
-from onnxopt.channels.facts import MAX_ELEMENTS, Fact, computed, known
+from onnxopt.channels.facts import MAX_ELEMENTS, Fact, Kind, computed, fact, known
 from onnxopt.evaluate import EvaluationError, Evaluator, constant_model
 from onnxopt.graph import GraphView, Shape
 from onnxopt.weights import Array, elements
@@ -85,9 +85,24 @@ class Analysis:
         if tensor is None and not self._is_constant.get(name):
             return None
         if tensor is not None and elements(tensor) > MAX_ELEMENTS:
-            return None
+            return self._outline(name, tensor)
         array = self.array(name)
         return known(array) if array is not None else None
+
+    def _outline(self, name: str, tensor: TensorProto) -> Fact | None:
+        """Of a large constant, which indices of its last axis hold nothing but zero."""
+        if ("outline", name) not in self.kept:
+            rank = len(tensor.dims)
+            found = zeros.count(self.graph.model.weights, tensor, [rank - 1])
+            made = None
+            if found is not None and tensor.data_type in FLOATS:
+                is_zero = found.channels[rank - 1].reshape((1,) * (rank - 1) + (-1,))
+                kinds = np.where(is_zero, Kind.CONST, Kind.MAP)
+                dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+                made = fact(kinds, np.zeros(kinds.shape, dtype))
+            self.kept["outline", name] = made
+        known: Fact | None = self.kept["outline", name]
+        return known
 
     def demand(self, name: str) -> Demand:
         """What of `name` something depends on."""

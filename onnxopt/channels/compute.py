@@ -36,6 +36,8 @@ def evaluated(
     """The same by ONNX Runtime, the kernel that computes it at run time."""
     model = ModelProto(ir_version=8)
     model.opset_import.append(helper.make_opsetid("", opset))
+    if node.domain not in ("", "ai.onnx"):
+        model.opset_import.append(helper.make_opsetid(node.domain, 1))
     model.graph.name = "facts"
     copy = model.graph.node.add()
     copy.CopyFrom(node)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from onnxopt.channels import blocks
 from onnxopt.channels.facts import Mask
 from onnxopt.channels.groups import Groups, Ints, Sink, Slot
 
@@ -63,16 +64,23 @@ class Decision:
         for sink in self.groups.sinks:
             if not sink.needs_carrier:
                 checks.append((_held(sink), _CARRIER))
-        for slot in self.groups.slots.values():
+        for slot in sorted(self.groups.slots.values(), key=_is_constant):
             if len(slot.axes) > 1:
-                checks.append((_blocks(slot), f"{slot.name!r} loses whole blocks only"))
+                checks.append(_blocks(self.groups, slot))
         last = self._lasting()
         while True:
             changed = False
             for check, text in checks:
                 changed |= self._keep(check(self._removed()), text)
-            if not changed and not self._keep(last(self._removed()), _LAST):
+            if not changed and not self._choose(last):
                 return
+
+    def _choose(self, last: Callable[[Mask], Ints]) -> bool:
+        """Keep something where it is not settled what; whether there was such a place."""
+        for check, text in self.groups.choices:
+            if self._keep(check(self._removed()), text):
+                return True
+        return self._keep(last(self._removed()), _LAST)
 
     # ---- one constant channel stays where there is padding ----
 
@@ -149,15 +157,20 @@ def vanishes(groups: Groups, slot: Slot, seen: set[str]) -> bool:
     return True
 
 
-def _blocks(slot: Slot) -> Callable[[Mask], Ints]:
-    """Of a slot of several axes only whole slices may go: the rest stays."""
+def _is_constant(slot: Slot) -> bool:
+    """Constants come last: values know better what goes together."""
+    return slot.reader is not None
+
+
+def _blocks(groups: Groups, slot: Slot) -> tuple[Callable[[Mask], Ints], str]:
+    """Of a slot of several axes what may not go, since the rest would be no array."""
+    if len(slot.axes) == 2 and id(slot) not in groups.whole:
+        outside, text = blocks.outside_of_rows, "loses equally much of each row"
+    else:
+        outside, text = blocks.outside_of_indices, "loses whole blocks only"
 
     def check(removed: Mask) -> Ints:
         gone = slot.of(removed).reshape(slot.dims)
-        kept = np.ones(slot.dims, bool)
-        for axis in range(gone.ndim):
-            others = tuple(other for other in range(gone.ndim) if other != axis)
-            kept &= ~gone.all(axis=others, keepdims=True)
-        return slot.atoms[(gone & kept).reshape(-1)]
+        return slot.atoms[outside(gone).reshape(-1)]
 
-    return check
+    return check, f"{slot.name!r} {text}"

@@ -6,6 +6,7 @@ stands for all, False everywhere for a value that nothing reads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,13 +44,19 @@ def onto(demand: Demand, dims: Sequence[int | str | None] | None) -> Demand:
 
 def channels(demand: Demand, axis: int, size: int) -> npt.NDArray[np.bool_]:
     """For each index of `axis` whether any of it is needed: [size]."""
-    if demand is None:
-        return np.ones(size, bool)
-    if not demand.ndim:
-        return np.full(size, bool(demand))
-    axis %= demand.ndim
-    others = tuple(other for other in range(demand.ndim) if other != axis)
-    return np.broadcast_to(demand.any(axis=others), (size,))
+    if demand is not None and demand.ndim:
+        axis %= demand.ndim
+    return over(demand, (axis,), (size,))
+
+
+def over(
+    demand: Demand, axes: Sequence[int], dims: Sequence[int]
+) -> npt.NDArray[np.bool_]:
+    """The same for several axes (ascending, of these sizes), flat."""
+    if demand is None or not demand.ndim:
+        return np.full(math.prod(dims), demand is None or bool(demand))
+    others = tuple(other for other in range(demand.ndim) if other not in axes)
+    return np.broadcast_to(demand.any(axis=others), dims).reshape(-1)
 
 
 def along(needed: npt.NDArray[np.bool_], axis: int, rank: int) -> Demand:

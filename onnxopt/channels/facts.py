@@ -8,7 +8,7 @@ broadcasting is that of NumPy.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -64,21 +64,32 @@ class Fact:
         """Whether every element is at least of `kind`."""
         return bool((self.kinds >= kind).all())
 
+    def across(self, axes: tuple[int, ...]) -> Fact:
+        """The fact with dims of 1 on `axes`: what holds at each of their indices.
+
+        Where the elements differ, it is of their lowest kind, or MAP.
+        """
+        kinds = self.kinds.min(axis=axes, keepdims=True)
+        values = self.values.min(axis=axes, keepdims=True)
+        same = values == self.values.max(axis=axes, keepdims=True)
+        kinds = np.where((kinds == Kind.CONST) & ~same, Kind.MAP, kinds)
+        return Fact(np.asarray(kinds, np.uint8), values)
+
     def along(self, axis: int, size: int) -> Fact:
-        """The fact with dims of 1 on all axes but `axis`: what holds at each index.
+        """The fact with dims of 1 on all axes but `axis`: what holds at each index."""
+        return self.over((axis,), (size,))
+
+    def over(self, axes: Sequence[int], dims: Sequence[int]) -> Fact:
+        """The same for several axes, of these sizes.
 
         Where the elements of an index differ, it is of their lowest kind, or MAP.
         """
-        others = tuple(other for other in range(self.kinds.ndim) if other != axis)
-        kinds = self.kinds.min(axis=others, keepdims=True)
-        values = self.values
-        if any(values.shape[other] > 1 for other in others):
-            first = values.min(axis=others, keepdims=True)
-            same = first == values.max(axis=others, keepdims=True)
-            kinds = np.where((kinds == Kind.CONST) & ~same, Kind.MAP, kinds)
-            values = first
+        others = tuple(other for other in range(self.kinds.ndim) if other not in axes)
+        shared = self.across(others)
+        kinds, values = shared.kinds, shared.values
         shape = [1] * kinds.ndim
-        shape[axis] = size
+        for axis, size in zip(axes, dims, strict=True):
+            shape[axis] = size
         return Fact(
             np.broadcast_to(kinds, shape).astype(np.uint8), np.broadcast_to(values, shape)
         )

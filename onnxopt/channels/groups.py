@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -18,7 +18,9 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto
 
-from onnxopt.channels.facts import Mask
+from onnxopt.channels.demand import Demand
+from onnxopt.channels.facts import Fact, Mask
+from onnxopt.channels.matching import Matching, Share
 
 if TYPE_CHECKING:
     from onnxopt.channels.analysis import Analysis
@@ -52,9 +54,29 @@ class Slot:
         """Their numbers."""
         return np.arange(self.start, self.start + self.size)
 
+    def zeros(self, known: Fact | None) -> Mask:
+        """[atoms]: where every element of the value, at this index, is zero."""
+        if known is None:
+            return np.zeros(self.size, bool)
+        others = tuple(o for o in range(known.kinds.ndim) if o not in self.axes)
+        return np.broadcast_to(known.is_zero.all(axis=others), self.dims).reshape(-1)
+
+    def unread(self, need: Demand, over: Sequence[int] = ()) -> Mask:
+        """[atoms]: where nothing is needed, at this index of all axes but `over`."""
+        if need is None:
+            return np.zeros(self.size, bool)
+        rank = max(self.axes) + 1 if not need.ndim else need.ndim
+        need = need.reshape(need.shape or (1,) * rank)
+        need = np.asarray(need.any(axis=tuple(over), keepdims=True))
+        others = tuple(o for o in range(rank) if o not in self.axes)
+        return np.broadcast_to(~need.any(axis=others), self.dims).reshape(-1)
+
     def of(self, array: npt.NDArray[np.bool_]) -> Mask:
         """The slot's part of an array over all atoms."""
         return array[self.start : self.start + self.size]
+
+
+Deferred = dict[Key, tuple[Slot, NodeProto, Side, int]]
 
 
 class Sink:
@@ -111,17 +133,23 @@ class Groups:
         self.bars: list[tuple[Ints, str]] = []
         self.sinks: list[Sink] = []
         self.restrictions: list[tuple[Restriction, str]] = []
+        self.choices: list[tuple[Restriction, str]] = []  # when nothing else holds back
         self.size = 0
         # layer -> the constant that was added behind it, and its axis of channels
         self.shifts: dict[int, tuple[str, int]] = {}
+        # slots of several axes of which only whole indices may go (by id)
+        self.whole: set[int] = set()
         self._mixing: set[int] = set()
         self._constants: dict[str, Slot] = {}
         self._ties: list[tuple[Ints, Ints]] = []
         self._joins: list[tuple[Slot, Slot]] = []
+        self._matched: set[Key] = set()
         self._patches: dict[Key, tuple[Slot, Patch]] = {}
         self._by_value: dict[Key, list[Slot]] = {}
         self._queue: deque[Slot] = deque()
-        self._deferred: list[tuple[Slot, NodeProto, Side, int]] = []
+        self._deferred: tuple[Deferred, ...] = ({}, {}, {})  # by how late
+        self._waiting: dict[int, list[Key]] = {}  # node -> what is deferred there
+        self._awake: deque[Key] = deque()
         self._is_last_call = False
         self._walk()
         self.labels = _labels(self.size, self._ties)
@@ -173,14 +201,24 @@ class Groups:
             if size is None:
                 return f"the size of axis {axis} of {name!r} is not known"
             dims.append(size)
-        is_read = side == "in" and self.graph.weight(name) is not None
-        place: Key = (id(node), index) if is_read else (name,)
+        place = self._place(node, side, index)
+        is_read = place != (name,)
         key = (*place, axes)
         if key not in self.slots:
             reader = (node, index) if is_read else None
             made = Slot(name, axes, tuple(dims), self.size, reader)
             self._add(key, place, made)
         return self.slots[key]
+
+    def _place(self, node: NodeProto, side: Side, index: int) -> Key:
+        """What the slots of a port are found by: constants have some for each reader."""
+        name = (node.input if side == "in" else node.output)[index]
+        is_read = side == "in" and self.graph.weight(name) is not None
+        return (id(node), index) if is_read else (name,)
+
+    def slots_at(self, node: NodeProto, side: Side, index: int) -> list[Slot]:
+        """The slots of an input or output that there are by now."""
+        return self._by_value.get(self._place(node, side, index), [])
 
     def _add(self, key: Key, place: Key, slot: Slot) -> None:
         self.slots[key] = slot
@@ -196,6 +234,15 @@ class Groups:
                     self.bar(one, f"{slot.name!r} has channels of two kinds")
         self._by_value[place].append(slot)
         self._queue.append(slot)
+        if slot.reader is None:
+            self._wake(slot.name)
+
+    def _wake(self, name: str) -> None:
+        """Ask again what is deferred at the nodes that make or read `name`."""
+        maker = self.graph.producer(name)
+        nodes = [use.node for use in self.graph.uses(name)]
+        for node in nodes if maker is None else [maker, *nodes]:
+            self._awake.extend(self._waiting.get(id(node), ()))
 
     def add_sink(self, sink: Sink) -> None:
         """Ask `sink` which of its slot's channels may go."""
@@ -215,10 +262,38 @@ class Groups:
         """Remove from both in one edit, although no channel of them is one."""
         self._joins.append((one, two))
 
-    def defer(self, link: Link) -> bool:
-        """Ask again when all layers have been seen; False where that has been done."""
+    def match(
+        self, one: Slot, axes: Sequence[int], two: Slot, others: Sequence[int]
+    ) -> None:
+        """Along `axes` of one slot, `others` of the other, both keep the same indices."""
+        key = (id(one), id(two), frozenset(zip(axes, others, strict=True)))
+        mirrored = (id(two), id(one), frozenset(zip(others, axes, strict=True)))
+        if key in self._matched:
+            return
+        self._matched |= {key, mirrored}
+        self.whole |= {id(one), id(two)}
+        here, there = Share(one, axes), Share(two, others)
+        if here.dims != there.dims:
+            self.bar(one, "its channels do not match those beside it")
+            self.bar(two, "its channels do not match those beside it")
+            return
+        reason = f"{one.name!r} and {two.name!r} keep the same indices"
+        matching = Matching(here, there)
+        self.restrictions.append((matching, reason))
+        self.choices.append((matching.choose, reason))
+        self._joins.append((one, two))
+
+    def defer(self, link: Link, late: int = 0) -> bool:
+        """Ask again when all layers have been seen, and when the node has more slots.
+
+        False where there are no more to come. What is `late` (0, 1, 2) answers after
+        the others: 1 where slots of more axes may come, 2 where those are likely.
+        """
         if not self._is_last_call:
-            self._deferred.append((link.slot, link.node, link.side, link.index))
+            key = (id(link.slot), id(link.node), link.side, link.index)
+            asked = link.slot, link.node, link.side, link.index
+            self._deferred[late][key] = asked
+            self._waiting.setdefault(id(link.node), []).append(key)
         return not self._is_last_call
 
     def patch(self, key: Key, slot: Slot, patch: Patch) -> None:
@@ -229,24 +304,35 @@ class Groups:
 
     def _walk(self) -> None:
         for node in self.graph.nodes():
-            axis = self.analysis.rule(node).layer_axis
-            rank = self.analysis.rank(node.output[0]) if axis is not None else None
-            if axis is None or rank is None or self.analysis.is_constant(node.output[0]):
-                continue
-            if -rank <= axis < rank:
-                self.slot(node, "out", 0, (axis % rank,))
-                self._spread()
-        while self._deferred:
-            waiting, self._deferred = self._deferred, []
-            known = len(self.slots)
-            for slot, node, side, index in waiting:
-                self._link(slot, node, side, index)
-                self._spread()
-            if self._deferred and len(self.slots) == known:  # none knows more: one has to
-                self._is_last_call = True
-                self._link(*self._deferred.pop(0))
+            for index, axes in self.analysis.rule(node).seeds(self.analysis, node):
+                if not self.analysis.is_constant(node.output[index]):
+                    self.slot(node, "out", index, axes)
+                    self._spread()
+        for waiting in self._deferred:
+            self._awake.extend(waiting)
+        is_seeded = False
+        while left := next(filter(None, self._deferred), None):
+            if not self._awake and not is_seeded:
+                is_seeded = True
+                self._seed_inputs()
+            # where none is to be asked again, one has to answer as it is
+            self._is_last_call = not self._awake
+            key = self._awake.popleft() if self._awake else next(iter(left))
+            found = (waiting.pop(key, None) for waiting in self._deferred)
+            asked = next(filter(None, found), None)
+            if asked is not None:
+                self._waiting[id(asked[1])].remove(key)
+                self._link(*asked)
                 self._is_last_call = False
                 self._spread()
+
+    def _seed_inputs(self) -> None:
+        """What layers read has channels where they say, whoever made it."""
+        for node in self.graph.nodes():
+            for index, axes in self.analysis.rule(node).sources(self.analysis, node):
+                if not self.analysis.is_constant(node.input[index]):
+                    self.slot(node, "in", index, axes)
+                    self._spread()
 
     def _spread(self) -> None:
         while self._queue:
@@ -273,7 +359,10 @@ class Groups:
                 self.bar(slot, f"an inner graph reads {name!r}")
 
     def _link(self, slot: Slot, node: NodeProto, side: Side, index: int) -> None:
-        self.analysis.rule(node).link(Link(self, slot, node, side, index))
+        rule, link = self.analysis.rule(node), Link(self, slot, node, side, index)
+        rule.link(link)
+        if len(slot.axes) > 1 and not rule.keeps_rows(link):
+            self.whole.add(id(slot))
 
 
 @dataclass(frozen=True)
@@ -359,6 +448,29 @@ class Link:
             self.bar("its channels do not match those before it")
             return None
         self.groups.tie(self.slot.start + mine, found.start + theirs)
+        return found
+
+    def covering(self, side: Side, index: int, axes: Sequence[int]) -> Slot | None:
+        """A slot of another port that has all of `axes`, if there is one by now."""
+        for slot in self.groups.slots_at(self.node, side, index):
+            if set(slot.axes) >= set(axes):
+                return slot
+        return None
+
+    def relate(self, side: Side, index: int, axes: Mapping[int, int]) -> Slot | None:
+        """Relate the slot to one of another port, by the axes that they share.
+
+        `axes`: for an axis of this slot the one of the other that runs along with it.
+        Where neither has more axes than those, their atoms are tied; else no index
+        of the shared axes goes from one of them alone.
+        """
+        wanted = sorted(axes.values())
+        found = self.covering(side, index, wanted) or self.other(side, index, wanted)
+        if found is None:
+            return None
+        if len(found.axes) == len(axes) == len(self.axes):
+            return self.tie(side, index, [axes[axis] for axis in self.axes])
+        self.groups.match(self.slot, list(axes), found, list(axes.values()))
         return found
 
     def sink(self, sink: Sink) -> None:

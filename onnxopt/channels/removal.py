@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto
 
+from onnxopt.channels import blocks
 from onnxopt.channels.decision import Decision
 from onnxopt.channels.facts import Mask
 from onnxopt.channels.groups import Component, Groups, Slot
@@ -77,6 +78,17 @@ class Removal:
     def kept(self, slot: Slot) -> Mask:
         """Which atoms of a slot stay."""
         return np.asarray(~slot.of(self.removed))
+
+    def kept_along(self, slot: Slot, axis: int) -> Mask:
+        """Which indices of one axis of a slot keep anything."""
+        place = slot.axes.index(axis)
+        others = tuple(o for o in range(len(slot.axes)) if o != place)
+        return np.asarray(self.kept(slot).reshape(slot.dims).any(axis=others))
+
+    def sizes(self, slot: Slot) -> dict[int, int]:
+        """By axis of a slot, what is left of its size."""
+        kept = self.kept(slot).reshape(slot.dims)
+        return dict(zip(slot.axes, blocks.extents(kept), strict=True))
 
     def kept_of(self, name: str, axis: int) -> Mask | None:
         """Which indices of an axis of a value stay; None where it has no such slot."""
@@ -161,27 +173,19 @@ class Removal:
         if slot.reader is None or not gone.any() or gone.all():
             return  # where all go, what reads it goes, too
         kept = (~gone).reshape(slot.dims)
-
-        def change(array: Array) -> Array:
-            for place, axis in enumerate(slot.axes):
-                others = tuple(o for o in range(kept.ndim) if o != place)
-                array = np.compress(kept.any(axis=others), array, axis)
-            return array
-
-        self.change(*slot.reader, change)
+        self.change(*slot.reader, lambda array: blocks.compress(array, slot.axes, kept))
 
     def _new_shapes(self, declared: Declared) -> dict[str, list[int | str | None]]:
         made: dict[str, list[int | str | None]] = {}
         for slot in self.component.slots:
             if slot.reader is not None or slot.name not in declared.shapes:
                 continue
-            kept = self.kept(slot).reshape(slot.dims)
+            kept = self.kept(slot)
             if kept.all() or not kept.any():
                 continue
             dims = made.get(slot.name, list(declared.shapes[slot.name]))
-            for place, axis in enumerate(slot.axes):
-                others = tuple(o for o in range(kept.ndim) if o != place)
-                dims[axis] = int(kept.any(axis=others).sum())
+            for axis, size in self.sizes(slot).items():
+                dims[axis] = size
             made[slot.name] = dims
         return made
 

@@ -34,25 +34,23 @@ def dead_outputs(decision: Decision) -> Iterator[DeadOutputs]:
     """Layers with dead channels, in order."""
     groups = decision.groups
     for node in groups.graph.nodes():
-        axis = groups.analysis.rule(node).layer_axis
-        if axis is None:
-            continue
-        rank = groups.analysis.rank(node.output[0]) or 1
-        slot = groups.slots.get((node.output[0], (axis % rank,)))
-        found = _of_layer(decision, node, slot) if slot is not None else None
-        if found is not None:
-            yield found
+        a = groups.analysis
+        for index, axes in list(a.rule(node).seeds(a, node))[:1]:
+            slot = groups.slots.get((node.output[index], axes))
+            found = _of_layer(decision, node, slot) if slot is not None else None
+            if found is not None:
+                yield found
 
 
 def _of_layer(decision: Decision, node: NodeProto, slot: Slot) -> DeadOutputs | None:
-    a, size, axis = decision.groups.analysis, slot.size, slot.axes[0]
-    fact = a.fact(node.output[0])
+    a, size = decision.groups.analysis, slot.size
+    fact = a.fact(slot.name)
     is_zero = is_const = np.zeros(size, bool)
     if fact is not None:
-        along = fact.along(axis, size)
+        along = fact.over(slot.axes, slot.dims)
         is_const = along.is_const.reshape(-1)
         is_zero = along.is_zero.reshape(-1)
-    unused = ~demand.channels(a.demand(node.output[0]), axis, size) & ~is_const
+    unused = ~demand.over(a.demand(slot.name), slot.axes, slot.dims) & ~is_const
     dead = is_const | unused
     if not dead.any():
         return None

@@ -26,6 +26,7 @@ from onnxopt.channels.decision import Decision
 from onnxopt.channels.engine import analyse
 from onnxopt.channels.groups import Groups
 from onnxopt.channels.removal import remove
+from onnxopt.channels.rules.table import rule_of
 from onnxopt.channels.survey import dead_outputs
 from onnxopt.graph import GraphView
 from onnxopt.manager import Context, Pass
@@ -41,7 +42,8 @@ class ZeroChannels(Pass):
     def run(self, graph: GraphView, context: Context) -> None:
         """One analysis, then one edit for each group of values that share channels."""
         if graph.is_function:
-            return  # no shapes are known there
+            _decline(graph)
+            return
         analysis = analyse(graph, context.evaluator)
         if not analysis.has_findings:
             return
@@ -51,3 +53,12 @@ class ZeroChannels(Pass):
         for layer in dead:
             for reason, count in layer.kept_by.items():
                 graph.skip(layer.node, f"{count} dead channels stay: {reason}")
+
+
+def _decline(graph: GraphView) -> None:
+    """Say it once, of the first layer: no shapes are known in a function's body."""
+    nodes = graph.nodes()
+    layers = (node for node in nodes if rule_of(graph, node).layer_axis is not None)
+    first = next(layers, None)
+    if first is not None:
+        graph.skip(first, "the sizes in a function's body differ from call to call")

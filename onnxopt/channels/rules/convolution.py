@@ -10,7 +10,7 @@ from onnx import NodeProto
 
 from onnxopt import attributes
 from onnxopt.channels.facts import Mask
-from onnxopt.channels.groups import Ints, Link, Slot
+from onnxopt.channels.groups import Ints, Link, Side, Slot
 from onnxopt.channels.removal import Removal
 from onnxopt.channels.rules.integer_sink import integer_sink
 from onnxopt.channels.rules.layer import Layer
@@ -30,8 +30,9 @@ class Conv(Layer):
 
     def geometry(self, a: Analysis, node: NodeProto) -> Geometry | None:
         """See Layer."""
-        dims = a.shape(node.input[1])
-        if dims is None or len(dims) < 3 or not a.is_constant(node.input[1]):
+        name = node.input[self.weight_slot]
+        dims = a.shape(name)
+        if dims is None or len(dims) < 3 or not a.is_constant(name):
             return None
         if not all(isinstance(size, int) for size in dims):
             return None
@@ -43,7 +44,7 @@ class Conv(Layer):
         """Depthwise convolutions hand their channels on; grouped ones keep balance."""
         g = self.geometry(link.analysis, link.node)
         if g is not None and g.groups > 1 and len(link.axes) == 1:
-            a, weight = link.analysis, link.node.input[1]
+            a, weight = link.analysis, link.node.input[self.weight_slot]
             if a.size(weight, 1) == 1 and a.size(weight, 0) == g.groups:
                 self._link_depthwise(link, g)
             else:
@@ -60,7 +61,7 @@ class Conv(Layer):
         """Input i makes output i."""
         place = self._place(link, g)
         if place == "inputs" and link.side == "in" and link.index == 0:
-            link.tie("in", 1, (0,))
+            link.tie("in", self.weight_slot, (0,))
             link.tie("out", 0, (1,))
         elif place == "outputs":
             self.link_outputs(link, g)
@@ -68,74 +69,90 @@ class Conv(Layer):
         else:
             link.bar("its filters have one input each")
             return
-        node = link.node
-
-        def patch(removal: Removal) -> None:
-            kept = removal.kept_of(node.input[0], 1)
-            if kept is not None and kept.any():
-                removal.edit.set_attribute(node, "group", int(kept.sum()))
-
-        link.patch(patch)
+        _count_groups(link)
 
     def _link_grouped(self, link: Link, g: Geometry) -> None:
         place = self._place(link, g)
         if place == "outputs":
             self.link_outputs(link, g)
-            balance = Balance(link, g)
         elif place == "inputs" and link.index == 0:
-            if _constant(link.groups.graph, link.node) is None:
+            if _constant(link.groups.graph, link.node, self.weight_slot) is None:
                 link.bar("the weight of a grouped convolution is computed")
                 return
             link.sink(self.sink(link.analysis, link, g))
-            balance = Balance(link, g)
         else:
             link.bar("it counts the inputs of each group apart")
             return
-        if balance.inputs is not None and balance.outputs is not None:
-            link.restrict(balance.check, "every group keeps equally many")
-            link.patch(balance.patch)
+        _balance(link, g, self.weight_slot, rows="out")
 
 
-def _constant(graph: GraphView, node: NodeProto) -> tuple[NodeProto, int] | None:
+def _count_groups(link: Link) -> None:
+    """Of a depthwise convolution, `group` is its number of channels."""
+    node = link.node
+
+    def patch(removal: Removal) -> None:
+        kept = removal.kept_of(node.input[0], 1)
+        if kept is not None and kept.any():
+            removal.edit.set_attribute(node, "group", int(kept.sum()))
+
+    link.patch(patch)
+
+
+def _constant(
+    graph: GraphView, node: NodeProto, slot: int
+) -> tuple[NodeProto, int] | None:
     """Who reads the weight itself: the layer, or the node that dequantizes it."""
-    if graph.weight(node.input[1]) is not None:
-        return node, 1
-    maker = graph.producer(node.input[1])
+    if graph.weight(node.input[slot]) is not None:
+        return node, slot
+    maker = graph.producer(node.input[slot])
     if maker is None or graph.op(maker) != "DequantizeLinear":
         return None
     scale = graph.weight(maker.input[1])
     if graph.weight(maker.input[0]) is None or scale is None:
         return None
-    if attributes.get(maker, "block_size", 0) or not graph.only_use(node.input[1]):
+    if attributes.get(maker, "block_size", 0) or not graph.only_use(node.input[slot]):
         return None
     is_plain = list(scale.dims) in ([], [1]) or attributes.get(maker, "axis", 1) == 0
     return (maker, 0) if is_plain else None
 
 
+def _balance(link: Link, g: Geometry, weight_slot: int, rows: Side) -> None:
+    balance = Balance(link, g, weight_slot, rows)
+    if balance.rows is not None and balance.columns is not None:
+        link.restrict(balance.check, "every group keeps equally many")
+        link.patch(balance.patch)
+
+
 class Balance:
-    """A grouped convolution loses whole groups, and equally much from the others."""
+    """A grouped convolution loses whole groups, and equally much from the others.
 
-    def __init__(self, link: Link, g: Geometry) -> None:
-        self.node, self.groups = link.node, g.groups
-        self.inputs: Slot | None = self._slot(link, "in")
-        self.outputs: Slot | None = self._slot(link, "out")
-        if self.inputs is not None and self.outputs is not None:
-            link.groups.join(self.inputs, self.outputs)
+    Axis 0 of its weight are the `rows` of all groups, its inputs or its outputs; axis 1
+    the columns of one group, the others.
+    """
 
-    def _slot(self, link: Link, side: str) -> Slot | None:
+    def __init__(self, link: Link, g: Geometry, weight_slot: int, rows: Side) -> None:
+        self.node, self.groups, self.weight_slot = link.node, g.groups, weight_slot
+        self.rows: Slot | None = self._slot(link, rows)
+        self.columns: Slot | None = self._slot(link, "in" if rows == "out" else "out")
+        if self.rows is not None and self.columns is not None:
+            link.groups.join(self.rows, self.columns)
+
+    def _slot(self, link: Link, side: Side) -> Slot | None:
         if (link.side, link.index) == (side, 0):
             return link.slot
-        return link.other("in" if side == "in" else "out", 0, (1,))
+        return link.other(side, 0, (1,))
 
     def check(self, removed: Mask) -> Ints:
         """The atoms to hold back."""
-        assert self.inputs is not None
-        assert self.outputs is not None
-        gone_in = self.inputs.of(removed).reshape(self.groups, -1)
-        gone_out = self.outputs.of(removed).reshape(self.groups, -1)
-        whole = np.asarray(gone_in.all(axis=1) & gone_out.all(axis=1))
+        assert self.rows is not None
+        assert self.columns is not None
+        sides = [
+            (slot, slot.of(removed).reshape(self.groups, -1))
+            for slot in (self.rows, self.columns)
+        ]
+        whole = np.asarray(sides[0][1].all(axis=1) & sides[1][1].all(axis=1))
         held = []
-        for slot, gone in ((self.inputs, gone_in), (self.outputs, gone_out)):
+        for slot, gone in sides:
             rest = gone[~whole]
             most = int(rest.sum(axis=1).min()) if len(rest) else 0
             most = min(most, gone.shape[1] - 1)
@@ -144,20 +161,20 @@ class Balance:
         return np.concatenate(held)
 
     def patch(self, removal: Removal) -> None:
-        """Gather the inputs that each filter keeps; set the number of groups."""
-        assert self.inputs is not None
-        assert self.outputs is not None
-        kept = removal.kept(self.inputs).reshape(self.groups, -1)
-        outputs = removal.kept(self.outputs).reshape(self.groups, -1)
+        """Gather the columns that each row keeps; set the number of groups."""
+        assert self.rows is not None
+        assert self.columns is not None
+        kept = removal.kept(self.columns).reshape(self.groups, -1)
+        rows = removal.kept(self.rows).reshape(self.groups, -1)
         lives = kept.any(axis=1)
         columns = np.stack([np.flatnonzero(row) for row in kept[lives]])
-        group = np.repeat(np.arange(int(lives.sum())), outputs[lives].sum(axis=1))
+        group = np.repeat(np.arange(int(lives.sum())), rows[lives].sum(axis=1))
 
-        def change(array: Array) -> Array:  # its outputs are sliced already
+        def change(array: Array) -> Array:  # its rows are sliced already
             index = columns[group].reshape(len(group), -1, *[1] * (array.ndim - 2))
             return np.take_along_axis(array, index, axis=1)
 
-        place = _constant(removal.graph, self.node)
+        place = _constant(removal.graph, self.node, self.weight_slot)
         if not kept.all() and place is not None:
             removal.change(*place, change)
         if not lives.all():
@@ -177,11 +194,36 @@ class ConvTranspose(Layer):
         return Geometry(1, 1, 1, 0, attributes.get(node, "group", 1), spreads=True)
 
     def link(self, link: Link) -> None:
-        """Grouped ones stay as they are."""
-        if attributes.get(link.node, "group", 1) != 1:
-            link.bar("it is grouped")
-        else:
+        """Depthwise ones hand their channels on; other grouped ones keep balance."""
+        a, node = link.analysis, link.node
+        g = self.geometry(a, node)
+        if g is None or g.groups == 1 or len(link.axes) != 1:
             super().link(link)
+            return
+        place = self._place(link, g)
+        if place is None or (link.index == 1 and link.side == "in"):
+            link.bar("it mixes the positions along this axis")
+        elif a.size(node.input[1], 1) == 1 and a.size(node.input[1], 0) == g.groups:
+            self._link_depthwise(link, g, place)
+        elif _constant(link.groups.graph, node, 1) is None:
+            link.bar("the weight of a grouped convolution is computed")
+        else:
+            if place == "outputs":
+                self.link_outputs(link, g, of_weight=False)
+            else:
+                self.link_inputs(link, g)
+            _balance(link, g, 1, rows="in")
+
+    def _link_depthwise(self, link: Link, g: Geometry, place: str) -> None:
+        """Input i makes output i."""
+        if place == "inputs":
+            link.tie("in", 1, (0,))
+            link.tie("out", 0, (1,))
+        else:
+            self.link_outputs(link, g, of_weight=False)
+            link.tie("in", 0, (1,))
+            link.tie("in", 1, (0,))
+        _count_groups(link)
 
 
 def _is_padded(node: NodeProto, kernel: Sequence[int]) -> bool:

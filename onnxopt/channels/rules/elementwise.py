@@ -23,6 +23,7 @@ from onnxopt.channels.facts import (
 )
 from onnxopt.channels.groups import Link, Side
 from onnxopt.channels.rules.rule import Rule
+from onnxopt.graph import Shape
 from onnxopt.weights import Array
 
 if TYPE_CHECKING:
@@ -80,6 +81,10 @@ class Elementwise(Rule):
         """Of an operand, what is needed of the result."""
         return [demand.onto(needs[0], a.shape(name)) for name in node.input]
 
+    def keeps_rows(self, link: Link) -> bool:
+        """Every element is handed on by itself."""
+        return True
+
     def link(self, link: Link) -> None:
         """Tie what broadcasts alike; an operand of size 1 serves every channel."""
         if link.groups.graph.opset() < 7:
@@ -95,6 +100,8 @@ class Elementwise(Rule):
             link.bar("its rank is not known")
             return
         axes = [axis + total - mine for axis in link.axes]
+        if self._waits(link, axes):
+            return
         for side, index in link.ports():
             if side == "in" or index == 0:
                 self._tie(link, side, index, axes, total)
@@ -106,14 +113,35 @@ class Elementwise(Rule):
         if dims is None:
             link.bar("its rank is not known")
             return
-        own = [axis - (total - len(dims)) for axis in axes]
-        sizes = [dims[axis] if axis >= 0 else 1 for axis in own]
-        if all(size == 1 for size in sizes) and side == "in":
-            return
-        if any(size == 1 for size in sizes):
-            link.bar("an operand has some of its axes only")
-            return
-        link.tie(side, index, own)
+        own = {}
+        for axis, place in zip(link.axes, axes, strict=True):
+            there = place - (total - len(dims))
+            is_there = there >= 0 and (dims[there] != 1 or link.slot.size == 1)
+            if side == "out" or is_there:
+                own[axis] = there
+        if own and not (
+            link.slot.size == 1 and link.analysis.is_constant(link.name(side, index))
+        ):
+            link.relate(side, index, own)
+
+    def _waits(self, link: Link, axes: Sequence[int]) -> bool:
+        """Whether to look again later: the result may have more axes than ours."""
+        if link.side == "out" or sum(1 for name in link.node.input if name) < 2:
+            return False
+        a = link.analysis
+        mine, whole = a.shape(link.slot.name), a.shape(link.name("out", 0))
+        if mine is not None and whole is not None and not _grows(mine, whole):
+            return False
+        return link.covering("out", 0, axes) is None and link.groups.defer(link, late=1)
+
+
+def _grows(mine: Shape, whole: Shape) -> bool:
+    """Whether broadcasting makes an axis of known size where there was none."""
+    padded = (1,) * (len(whole) - len(mine)) + tuple(mine)
+    return any(
+        isinstance(size, int) and size != 1 and own == 1
+        for own, size in zip(padded, whole, strict=True)
+    )
 
 
 NEAR = 1e-3
@@ -207,6 +235,30 @@ class Product(Elementwise):
             demand.onto(_narrowed(needs[0], live), a.shape(name))
             for live, name in zip(lives, node.input, strict=True)
         ]
+
+
+class Quotient(Elementwise):
+    """Div: zero over what depends on the input is zero, since activations are finite."""
+
+    def absorbs(self, a: Analysis, node: NodeProto) -> bool:
+        """See Elementwise."""
+        item = a.fact(node.input[0])
+        return item is not None and bool(item.is_zero.any())
+
+    def result(
+        self, a: Analysis, node: NodeProto, facts: Sequence[Fact | None], kinds: Kinds
+    ) -> Fact | None:
+        """Zero where the dividend is, unless the divisor is known."""
+        made, first = super().result(a, node, facts, kinds), facts[0]
+        if first is None or not a.is_float(node.output[0]):
+            return made
+        over = join(facts[1:], kinds.ndim)
+        is_zero = aligned(first.is_zero, kinds.ndim) & (over == Kind.DYN)
+        if not is_zero.any():
+            return made
+        known = np.where(is_zero, Kind.CONST, Kind.DYN if made is None else made.kinds)
+        values = np.zeros((), first.values.dtype) if made is None else made.values
+        return fact(known, np.where(is_zero, np.zeros_like(values), values))
 
 
 def _narrowed(need: Demand, live: Mask) -> Demand:

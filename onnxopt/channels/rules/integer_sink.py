@@ -36,12 +36,19 @@ MAX_CARRIERS = 8
 
 
 class Codes(NamedTuple):
-    """A quantized weight: the node that dequantizes it, its codes less zero point."""
+    """A quantized weight: who reads it at which input, its codes less zero point."""
 
     node: NodeProto
+    slot: int
     zero: int
     low: int
     high: int
+
+    @classmethod
+    def of(cls, node: NodeProto, slot: int, codes: Array, zero: int) -> Codes:
+        """No further than they reach by now, new ones may be."""
+        used = codes.astype(np.int64) - zero
+        return cls(node, slot, zero, int(used.min(initial=0)), int(used.max(initial=0)))
 
 
 class IntegerSink(LayerSink):
@@ -53,7 +60,7 @@ class IntegerSink(LayerSink):
         super().__init__(layer, link, g)
         self.codes, self.steps = codes, steps
         self.constant = (steps != 0) & (self.values != 0)
-        self._weight = link.groups.graph.array(codes.node.input[0])
+        self._weight = link.groups.graph.array(codes.node.input[codes.slot])
 
     def to_hold(self, removed: Mask) -> Ints:
         """The next channel that has to stay, if those that do cannot carry the sums."""
@@ -104,7 +111,7 @@ class IntegerSink(LayerSink):
             made[found[0]] = (found[1] + self.codes.zero).astype(array.dtype)
             return np.moveaxis(made, 0, 1)
 
-        removal.change(self.codes.node, 0, change)
+        removal.change(self.codes.node, self.codes.slot, change)
 
 
 def integer_sink(
@@ -135,8 +142,7 @@ def _weight_codes(a: Analysis, node: NodeProto) -> Codes | None:
         if zeros is None or not zeros.size or (zeros != zeros.reshape(-1)[0]).any():
             return None
         zero = int(zeros.reshape(-1)[0])
-    used = codes.astype(np.int64) - zero
-    return Codes(maker, zero, int(used.min(initial=0)), int(used.max(initial=0)))
+    return Codes.of(maker, 0, codes, zero)
 
 
 def _steps(a: Analysis, name: str, size: int) -> Ints | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,8 +15,8 @@ from onnxopt import attributes
 from onnxopt.channels import demand
 from onnxopt.channels.demand import NOTHING, Demand
 from onnxopt.channels.facts import DYNAMIC, Fact, Kind, Mask, aligned, fact, join
-from onnxopt.channels.groups import Link, Slot
-from onnxopt.channels.removal import Removal
+from onnxopt.channels.groups import Ints, Link, Slot
+from onnxopt.channels.removal import Change, Removal
 from onnxopt.channels.rules.rule import Rule
 from onnxopt.weights import Array
 
@@ -33,35 +34,60 @@ def _axis(a: Analysis, node: NodeProto, name: str, default: int) -> int | None:
     return axis % rank if rank and -rank <= axis < rank else None
 
 
+def _count(atoms: Ints) -> Ints:
+    return np.arange(len(atoms))
+
+
+def inside(dims: Sequence[int], place: int, low: int, high: int) -> Ints:
+    """The atoms of a slot of `dims` that lie in a range of one of its axes, in order."""
+    every = np.arange(math.prod(dims)).reshape(dims)
+    return every.take(range(low, high), axis=place).reshape(-1)
+
+
 class Concat(Rule):
-    """Channels side by side; an operand of which all go is left out."""
+    """Channels side by side; an operand of which all go is left out.
+
+    Operands stand from input `first` on, each with `stride` - 1 parameters behind it.
+    """
+
+    first, stride = 0, 1
+
+    def _operands(self, node: NodeProto) -> list[str]:
+        return list(node.input[self.first :: self.stride])
+
+    def facts(self, a: Analysis, node: NodeProto) -> list[Fact | None]:
+        """What is known of each operand."""
+        return [a.fact(name) for name in self._operands(node)]
+
+    def result(self, a: Analysis, node: NodeProto, made: Fact | None) -> Fact | None:
+        """The fact of the output, from the operands' side by side."""
+        return made
 
     def _parts(
         self, a: Analysis, node: NodeProto, axis: int
     ) -> list[tuple[int, int]] | None:
         """Where each operand lies in the result."""
-        sizes = [a.size(name, axis) for name in node.input]
+        sizes = [a.size(name, axis) for name in self._operands(node)]
         known = [size for size in sizes if size is not None]
         return _ends(known) if len(known) == len(sizes) else None
 
     def forward(self, a: Analysis, node: NodeProto) -> Sequence[Fact | None]:
         """The operands' facts side by side."""
-        facts = [a.fact(name) for name in node.input]
+        facts = self.facts(a, node)
         first = next((item for item in facts if item is not None), None)
         axis = _axis(a, node, node.output[0], 1)
         if first is None or axis is None:
             return [None]
         rank, parts = first.kinds.ndim, self._parts(a, node, axis)
         if parts is None:
-            return [_alike(facts, axis, rank)]
+            return [self.result(a, node, _alike(facts, axis, rank))]
         kinds = [DYNAMIC if item is None else item.kinds for item in facts]
         values = [
             np.ones((), first.values.dtype) if item is None else item.values
             for item in facts
         ]
-        return [
-            fact(_joined(kinds, parts, axis, rank), _joined(values, parts, axis, rank))
-        ]
+        made = fact(_joined(kinds, parts, axis, rank), _joined(values, parts, axis, rank))
+        return [self.result(a, node, made)]
 
     def backward(
         self, a: Analysis, node: NodeProto, needs: Sequence[Demand]
@@ -72,37 +98,63 @@ class Concat(Rule):
         if axis is None or need is None or not need.ndim:
             return wanted
         parts = self._parts(a, node, axis)
-        if need.shape[axis] == 1 or parts is None:
-            return [need if need.shape[axis] == 1 else None] * len(node.input)
-        return [_part(need, axis, *part) for part in parts]
+        if parts is None and need.shape[axis] != 1:
+            return wanted
+        for place in range(len(self._operands(node))):
+            whole = need.shape[axis] == 1
+            made = need if whole or parts is None else _part(need, axis, *parts[place])
+            wanted[self.first + place * self.stride] = made
+        return wanted
+
+    def keeps_rows(self, link: Link) -> bool:
+        """Where it joins rows, or along another axis."""
+        axis = _axis(link.analysis, link.node, link.node.output[0], 1)
+        return axis is not None and axis not in link.axes[1:]
 
     def link(self, link: Link) -> None:
         """On the axis of the Concat an operand is a part of the result."""
         a, node = link.analysis, link.node
         axis = _axis(a, node, node.output[0], 1)
         parts = self._parts(a, node, axis) if axis is not None else None
-        if axis is not None and axis not in link.axes:
+        if link.side == "in" and not self._is_operand(link.index):
+            link.bar("it is a scale")
+        elif axis is not None and axis not in link.axes:
             for side, index in link.ports():
-                link.tie(side, index, link.axes)
+                if side == "out" or self._is_operand(index):
+                    link.tie(side, index, link.axes)
         elif axis is None or parts is None:
             link.bar("the sizes of its operands are not known")
-        elif len(link.axes) > 1:
-            link.bar("it joins along one of the axes")
         else:
             self._tie_parts(link, axis, parts)
 
+    def _is_operand(self, index: int) -> bool:
+        return index >= self.first and (index - self.first) % self.stride == 0
+
     def _tie_parts(self, link: Link, axis: int, parts: Sequence[tuple[int, int]]) -> None:
-        node = link.node
+        node, place = link.node, link.axes.index(axis)
         if link.side == "in":
-            start, stop = parts[link.index]
-            span = np.arange(start, stop)
-            link.tie("out", 0, (axis,), here=span - start, there=span)
+            dims = list(link.slot.dims)
+            dims[place] = parts[-1][1]
+            part = parts[(link.index - self.first) // self.stride]
+            link.tie("out", 0, link.axes, there=inside(dims, place, *part))
             return
         slots: list[Slot | None] = []
-        for index, (start, stop) in enumerate(parts):
-            span = np.arange(start, stop)
-            slots.append(link.tie("in", index, (axis,), here=span, there=span - start))
-        link.patch(lambda removal: _leave_out(removal, node, slots))
+        for number, part in enumerate(parts):
+            here = inside(link.slot.dims, place, *part)
+            index = self.first + number * self.stride
+            slots.append(link.tie("in", index, link.axes, here, _count(here)))
+        link.patch(lambda removal: self._leave_out(removal, node, slots))
+
+    def _leave_out(
+        self, removal: Removal, node: NodeProto, slots: Sequence[Slot | None]
+    ) -> None:
+        stays = list(node.input[: self.first])
+        for place, slot in enumerate(slots):
+            if slot is None or removal.kept(slot).any():
+                index = self.first + place * self.stride
+                stays += node.input[index : index + self.stride]
+        if len(stays) < len(node.input):
+            removal.edit.set_inputs(node, stays)
 
     def drops_operand(self, a: Analysis, node: NodeProto, slot: Slot) -> bool:
         """Whether an operand without channels can be left out."""
@@ -119,16 +171,6 @@ def _alike(facts: Sequence[Fact | None], axis: int, rank: int) -> Fact | None:
         np.logical_and, [np.asarray(item.values == values) for item in known]
     )
     return fact(np.where((kinds == Kind.CONST) & ~same, Kind.MAP, kinds), values)
-
-
-def _leave_out(removal: Removal, node: NodeProto, slots: Sequence[Slot | None]) -> None:
-    stays = [
-        name
-        for name, slot in zip(node.input, slots, strict=True)
-        if slot is None or removal.kept(slot).any()
-    ]
-    if len(stays) < len(node.input):
-        removal.edit.set_inputs(node, stays)
 
 
 def _joined(
@@ -191,6 +233,11 @@ class Split(Rule):
         wanted[0] = demand.merge(NOTHING, joined)
         return wanted
 
+    def keeps_rows(self, link: Link) -> bool:
+        """Where it parts rows, or along another axis."""
+        axis = _axis(link.analysis, link.node, link.node.input[0], 0)
+        return axis is not None and axis not in link.axes[1:]
+
     def link(self, link: Link) -> None:
         """On the axis of the Split an output is a part of the input."""
         a, node = link.analysis, link.node
@@ -202,30 +249,33 @@ class Split(Rule):
             for side, index in link.ports():
                 if side == "out" or index == 0:
                     link.tie(side, index, link.axes)
-        elif len(link.axes) > 1:
-            link.bar("it splits along one of the axes")
         elif link.side == "out":
-            start, stop = parts[link.index]
-            span = np.arange(start, stop)
-            link.tie("in", 0, (axis,), here=span - start, there=span)
+            self._tie_part(link, axis, parts)
         else:
-            slots = []
-            for index, (start, stop) in enumerate(parts):
-                span = np.arange(start, stop)
-                slot = link.tie("out", index, (axis,), here=span, there=span - start)
-                slots.append(slot)
+            slots, place = [], link.axes.index(axis)
+            for index, part in enumerate(parts):
+                here = inside(link.slot.dims, place, *part)
+                slots.append(link.tie("out", index, link.axes, here, _count(here)))
             if None not in slots:
-                link.patch(_Sizes(node, [slot for slot in slots if slot is not None]))
+                sizes = _Sizes(node, axis, [slot for slot in slots if slot is not None])
+                link.patch(sizes, link.axes)
+
+    def _tie_part(self, link: Link, axis: int, parts: Sequence[tuple[int, int]]) -> None:
+        place, dims = link.axes.index(axis), list(link.slot.dims)
+        dims[place] = parts[-1][1]
+        there = inside(dims, place, *parts[link.index])
+        link.tie("in", 0, link.axes, there=there)
 
 
 class _Sizes:
     """Writes down how many channels each part of a Split keeps."""
 
-    def __init__(self, node: NodeProto, slots: Sequence[Slot]) -> None:
-        self.node, self.slots = node, slots
+    def __init__(self, node: NodeProto, axis: int, slots: Sequence[Slot]) -> None:
+        self.node, self.axis, self.slots = node, axis, slots
 
     def __call__(self, removal: Removal) -> None:
-        sizes = [int(removal.kept(slot).sum()) for slot in self.slots]
+        kept = [removal.kept_along(slot, self.axis) for slot in self.slots]
+        sizes = [int(part.sum()) for part in kept]
         node, graph = self.node, removal.graph
         if graph.opset() < 13:
             removal.edit.set_attribute(node, "split", sizes)
@@ -261,7 +311,8 @@ class Slice(Rule):
         for start, end, axis, step in zip(*given, strict=True):
             axis %= len(shape)
             size = shape[axis]
-            if isinstance(size, int) and step == 1:
+            is_known = start is not None and end is not None and step == 1
+            if isinstance(size, int) and is_known:
                 low, high, _ = slice(start, end, 1).indices(size)
                 found[axis] = (low, max(low, high))
             else:
@@ -274,6 +325,8 @@ class Slice(Rule):
         if given is None or ranges is None:
             return [None]
         kinds, values = given.kinds, given.values
+        if any(high < 0 for _, high in ranges.values()):  # it may depend on the input
+            kinds = np.where(kinds == Kind.MAP, Kind.DYN, kinds)
         for axis, (low, high) in ranges.items():
             if kinds.shape[axis] > 1:
                 if high < 0:
@@ -305,6 +358,11 @@ class Slice(Rule):
         wanted[0] = demand.merge(NOTHING, need)
         return wanted
 
+    def keeps_rows(self, link: Link) -> bool:
+        """Where it takes rows, or ranges of other axes."""
+        ranges = self.ranges(link.analysis, link.node)
+        return ranges is not None and not set(ranges) & set(link.axes[1:])
+
     def link(self, link: Link) -> None:
         """Outside of its range an index has no counterpart."""
         a, node = link.analysis, link.node
@@ -312,75 +370,100 @@ class Slice(Rule):
         if ranges is None or (link.side == "in" and link.index > 0):
             link.bar("its range is not known")
             return
-        side = link.opposite
         hit = [axis for axis in link.axes if axis in ranges]
         if not hit:
-            link.tie(side, 0, link.axes)
-        elif len(link.axes) > 1 or ranges[hit[0]][1] < 0:
+            link.tie(link.opposite, 0, link.axes)
+        elif any(ranges[axis][1] < 0 for axis in hit):
             link.bar("it cuts this axis")
+        elif not self._is_written(a, node):
+            link.bar("its range is computed")
         else:
-            low, high = ranges[hit[0]]
-            span = np.arange(low, high)
-            if link.side == "in":
-                link.tie("out", 0, link.axes, here=span, there=span - low)
-                link.patch(_Range(node, link.slot, low, high), hit[0])
-            else:
-                link.tie("in", 0, link.axes, here=span - low, there=span)
+            self._tie_range(link, hit, ranges)
+
+    def _is_written(self, a: Analysis, node: NodeProto) -> bool:
+        """Whether its range is constant as it stands."""
+        return all(a.graph.weight(name) is not None for name in node.input[1:3])
+
+    def _tie_range(
+        self, link: Link, hit: Sequence[int], ranges: Mapping[int, tuple[int, int]]
+    ) -> None:
+        a, node = link.analysis, link.node
+        dims = [a.size(node.input[0], axis) or 0 for axis in link.axes]
+        every = np.arange(math.prod(dims)).reshape(dims)
+        for axis in hit:
+            every = every.take(range(*ranges[axis]), axis=link.axes.index(axis))
+        atoms = every.reshape(-1)
+        if link.side == "in":
+            tied = link.tie("out", 0, link.axes, atoms, _count(atoms))
+            whole = link.slot
+        else:
+            tied = link.tie("in", 0, link.axes, _count(atoms), atoms)
+            whole = tied or link.slot
+        if tied is not None:
+            spans = {axis: ranges[axis] for axis in hit}
+            link.patch(_Range(node, whole, spans), link.axes)
 
 
-def _slice_inputs(
-    a: Analysis, node: NodeProto
-) -> tuple[list[int], list[int], list[int], list[int]] | None:
-    """Starts, ends, axes and steps; None where they are computed."""
+SliceInputs = tuple[list[int | None], list[int | None], list[int], list[int | None]]
+
+
+def _slice_inputs(a: Analysis, node: NodeProto) -> SliceInputs | None:
+    """Starts, ends, axes and steps, None for what is computed; None without the axes."""
     if a.graph.opset() < 10:
         starts, ends = attributes.get(node, "starts"), attributes.get(node, "ends")
         axes = attributes.get(node, "axes") or list(range(len(starts)))
         return starts, ends, axes, [1] * len(starts)
-    found: list[list[int] | None] = [None] * 4
-    for index, name in enumerate(node.input[1:]):
-        if name:
-            array = a.array(name)
-            if array is None:
-                return None
-            found[index] = [int(item) for item in array.reshape(-1).tolist()]
-    starts, ends = found[0] or [], found[1] or []
-    axes = found[2] if found[2] is not None else list(range(len(starts)))
-    steps = found[3] if found[3] is not None else [1] * len(starts)
-    return starts, ends, axes, steps
+    names = [*node.input[1:], "", ""]
+    starts, ends = _integers(a, names[0]), _integers(a, names[1])
+    if starts is None or ends is None or len(starts) != len(ends):
+        return None
+    count = len(starts)
+    steps = _integers(a, names[3]) if names[3] else [1 for _ in range(count)]
+    axes = _integers(a, names[2]) if names[2] else [*range(count)]
+    if steps is None or axes is None or {len(axes), len(steps)} != {count}:
+        return None
+    known = [axis for axis in axes if axis is not None]
+    return (starts, ends, known, list(steps)) if len(known) == count else None
+
+
+def _integers(a: Analysis, name: str) -> list[int | None] | None:
+    """The elements of a vector, None for one that is not known; None without its size."""
+    array = a.array(name)
+    if array is not None:
+        return [int(item) for item in array.reshape(-1).tolist()]
+    size = a.size(name, 0)
+    return None if size is None else [None] * size
 
 
 class _Range:
     """Corrects where a Slice of channels starts and ends."""
 
-    def __init__(self, node: NodeProto, slot: Slot, low: int, high: int) -> None:
-        self.node, self.slot, self.low, self.high = node, slot, low, high
+    def __init__(
+        self, node: NodeProto, slot: Slot, spans: Mapping[int, tuple[int, int]]
+    ) -> None:
+        self.node, self.slot, self.spans = node, slot, spans
 
     def __call__(self, removal: Removal) -> None:
-        kept = removal.kept(self.slot)
-        start = int(kept[: self.low].sum())
-        end = start + int(kept[self.low : self.high].sum())
         graph, node = removal.graph, self.node
         given = _slice_inputs(removal.groups.analysis, node)
         assert given is not None
         rank = len(graph.shape(node.input[0]) or ())
-        place = [axis % rank for axis in given[2]].index(self.slot.axes[0])
-        for index, value in ((1, start), (2, end)):
+        axes = [axis % rank for axis in given[2]]
+        starts, ends = list(given[0]), list(given[1])
+        for axis, (low, high) in self.spans.items():
+            kept = removal.kept_along(self.slot, axis)
+            if not kept.all():
+                place, start = axes.index(axis), int(kept[:low].sum())
+                starts[place] = start
+                ends[place] = start + int(kept[low:high].sum())
+        for index, name, values in ((1, "starts", starts), (2, "ends", ends)):
+            if list(given[index - 1]) == values:
+                continue
             if graph.opset() < 10:
-                name = "starts" if index == 1 else "ends"
-                values = list(attributes.get(node, name))
-                values[place] = value
                 removal.edit.set_attribute(node, name, values)
             else:
-                removal.change(node, index, _Put(place, value))
+                removal.change(node, index, _becomes(values))
 
 
-class _Put:
-    """Puts a value into a vector."""
-
-    def __init__(self, place: int, value: int) -> None:
-        self.place, self.value = place, value
-
-    def __call__(self, array: Array) -> Array:
-        made = array.copy()
-        made.reshape(-1)[self.place] = self.value
-        return made
+def _becomes(values: Sequence[int | None]) -> Change:
+    return lambda array: np.asarray(values, array.dtype).reshape(array.shape)

@@ -17,7 +17,7 @@ from onnxopt.channels.facts import Fact, Kind, Mask, computed
 from onnxopt.channels.groups import Link, Side, Slot
 from onnxopt.channels.removal import CannotRemove, Removal, check_fits
 from onnxopt.channels.rules.matrix import Floats, Geometry, Matrix
-from onnxopt.channels.rules.rule import Rule
+from onnxopt.channels.rules.rule import Rule, Seed
 from onnxopt.channels.rules.sinks import BorderSink, LayerSink
 from onnxopt.weights import Array
 
@@ -26,10 +26,15 @@ if TYPE_CHECKING:
 
 
 class Layer(Rule):
-    """A weight of known layout; subclasses say which, and where the bias is."""
+    """A weight of known layout; subclasses say which, and where the bias is.
+
+    `of_codes`: it works on integers, of which the zero point stands for zero.
+    """
 
     drops_inputs = True
+    weight_slot = 1
     bias_slot: int | None = 2
+    of_codes = False
 
     def geometry(self, a: Analysis, node: NodeProto) -> Geometry | None:
         """None where the layer is not one of a constant weight."""
@@ -37,9 +42,17 @@ class Layer(Rule):
 
     def matrix(self, a: Analysis, node: NodeProto, g: Geometry) -> Matrix:
         """The weight; what was learned about it is kept with the analysis."""
-        key = (node.input[1], g)
-        found: Matrix = a.kept.setdefault(key, Matrix(a, node.input[1], g))
+        name = node.input[self.weight_slot]
+        found: Matrix = a.kept.setdefault((name, g), Matrix(a, name, g))
         return found
+
+    def weight(self, a: Analysis, node: NodeProto) -> Array | None:
+        """What it multiplies by; None where that could not be computed."""
+        return a.array(node.input[self.weight_slot])
+
+    def given(self, a: Analysis, node: NodeProto) -> Fact | None:
+        """What is known of what it multiplies."""
+        return a.fact(node.input[0])
 
     # ---- the bias ----
 
@@ -61,13 +74,13 @@ class Layer(Rule):
     def can_shift(self, a: Analysis, node: NodeProto, g: Geometry) -> bool:
         """Whether a constant can be added to every output channel."""
         name = self._bias_name(node)
+        if not g.bias_scale:
+            return not name or a.graph.weight(name) is not None
         maker = a.graph.producer(name) if name else None
         is_computed = bool(name) and a.graph.weight(name) is None
         if is_computed and (maker is None or not self._takes_codes(a, node, maker)):
             return False
         outputs = self._outputs(a, node, g)
-        if name and not g.bias_scale:
-            return False
         return outputs is not None and self.bias(a, node, outputs) is not None
 
     def _takes_codes(self, a: Analysis, node: NodeProto, maker: NodeProto) -> bool:
@@ -96,7 +109,7 @@ class Layer(Rule):
         return bool(np.allclose(own.reshape(-1), product, rtol=1e-5, atol=0))
 
     def _outputs(self, a: Analysis, node: NodeProto, g: Geometry) -> int | None:
-        size = a.size(node.input[1], g.outputs)
+        size = a.size(node.input[self.weight_slot], g.outputs)
         if size is None:
             return None
         return size if g.outputs < g.inputs or g.groups == 1 else size * g.groups
@@ -108,7 +121,7 @@ class Layer(Rule):
         g = self.geometry(a, node)
         if g is None or not a.is_float(node.output[0]):
             return [None]
-        given, rank = a.fact(node.input[0]), a.rank(node.output[0])
+        given, rank = self.given(a, node), a.rank(node.output[0])
         matrix, kind = self.matrix(a, node, g), a.graph.dtype(node.output[0])
         rows = matrix.rows
         if rank is None or rows is None or kind is None or (given is None and rows.all()):
@@ -167,6 +180,11 @@ class Layer(Rule):
 
     # ---- groups ----
 
+    def sources(self, a: Analysis, node: NodeProto) -> Sequence[Seed]:
+        """The axis of the data that the weight is multiplied along."""
+        g, rank = self.geometry(a, node), a.rank(node.input[0])
+        return [] if g is None or not rank else [(0, (g.data % rank,))]
+
     def link(self, link: Link) -> None:
         """Output channels are the weight's, input channels end here."""
         a, node = link.analysis, link.node
@@ -192,19 +210,33 @@ class Layer(Rule):
                 return "outputs" if axis == g.result % rank else None
             case "in", 0:
                 return "inputs" if axis == g.data % rank else None
-            case "in", 1:
+            case "in", self.weight_slot:
                 if axis == g.outputs % rank:
                     return "outputs"
                 return "inputs" if axis == g.inputs % rank else None
+        if self._is_per_output(link):
+            return "outputs"
         return "outputs" if link.index == self.bias_slot and axis == rank - 1 else None
 
-    def link_outputs(self, link: Link, g: Geometry) -> None:
-        """Tie output and weight; the bias follows, whatever it is by then."""
+    def per_output(self, a: Analysis, node: NodeProto) -> list[int]:
+        """Further inputs, vectors, that have one element for each output."""
+        return []
+
+    def _is_per_output(self, link: Link) -> bool:
+        return link.side == "in" and link.index in self.per_output(
+            link.analysis, link.node
+        )
+
+    def link_outputs(self, link: Link, g: Geometry, *, of_weight: bool = True) -> None:
+        """Tie output and weight; the bias follows, whatever it is by then.
+
+        Not `of_weight`: the outputs are no axis of it.
+        """
         a, node = link.analysis, link.node
-        ports: list[tuple[Side, int, int]] = [
-            ("out", 0, g.result),
-            ("in", 1, g.outputs),
-        ]
+        ports: list[tuple[Side, int, int]] = [("out", 0, g.result)]
+        if of_weight:
+            ports.append(("in", self.weight_slot, g.outputs))
+        ports += [("in", index, 0) for index in self.per_output(a, node)]
         name = self._bias_name(node)
         if name and a.graph.weight(name) is None:
             size, outputs = a.size(name, -1), a.size(node.output[0], g.result)
@@ -234,12 +266,13 @@ class Layer(Rule):
     def link_inputs(self, link: Link, g: Geometry) -> None:
         """Tie input and weight, and let the layer say what it can do without."""
         a = link.analysis
-        if link.side == "in" and link.index == 1:
+        slot = self.weight_slot
+        if link.side == "in" and link.index == slot:
             rank = a.rank(link.node.input[0]) or 0
             link.tie("in", 0, (g.data % rank,))
             return
-        rank = a.rank(link.node.input[1]) or 0
-        if link.tie("in", 1, (g.inputs % rank,)) is not None:
+        rank = a.rank(link.node.input[slot]) or 0
+        if link.tie("in", slot, (g.inputs % rank,)) is not None:
             link.sink(self.sink(a, link, g))
 
     def sink(self, a: Analysis, link: Link, g: Geometry) -> LayerSink:
@@ -254,6 +287,9 @@ class Layer(Rule):
         name = self._bias_name(node)
         if slot is None:
             raise CannotRemove("the layer has no bias")
+        if not g.bias_scale:
+            self._replace_bias(removal, node, by)
+            return
         dtype = _float_type(a, node)
         if not name:
             check_fits(by, dtype)
@@ -271,6 +307,16 @@ class Layer(Rule):
             return np.asarray(moved.astype(array.dtype))
 
         removal.change(node, slot, change)
+
+    def _replace_bias(self, removal: Removal, node: NodeProto, by: Floats) -> None:
+        """Let a Gemm that does not read its bias (beta = 0) read one."""
+        dtype = _float_type(removal.groups.analysis, node)
+        check_fits(by, dtype)
+        if self._bias_name(node):
+            removal.change(node, 2, lambda _: by.astype(dtype))
+        else:
+            removal.add_input(node, 2, by.astype(dtype), f"{node.input[1]}_bias")
+        removal.edit.set_attribute(node, "beta", 1.0)
 
 
 def _float_type(a: Analysis, node: NodeProto) -> Any:

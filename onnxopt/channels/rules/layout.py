@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +16,8 @@ from onnxopt.channels.groups import Ints, Link, Restriction, Slot
 from onnxopt.channels.removal import Removal
 from onnxopt.channels.rules.rule import Rule
 from onnxopt.graph import Shape
+from onnxopt.symbolic.dim import Dim, arguments_of, product
+from onnxopt.symbolic.fact import Dims
 from onnxopt.weights import Array
 
 if TYPE_CHECKING:
@@ -65,6 +67,14 @@ def _known_blocks(
     while one < len(sizes) or two < len(others):
         first, second = one, two
         mine = theirs = 1
+        if (sizes[one:] or [0])[0] == 1 != (others[two:] or [0])[0]:
+            one += 1  # an axis of one element, that is not there on the other side
+            found.append(((start[0] + first,), ()))
+            continue
+        if (others[two:] or [0])[0] == 1 != (sizes[one:] or [0])[0]:
+            two += 1
+            found.append(((), (start[1] + second,)))
+            continue
         if one < len(sizes):
             mine, one = sizes[one], one + 1
         if two < len(others):
@@ -83,11 +93,66 @@ def _known_blocks(
     return found
 
 
-def _turned(array: Array, before: Shape, after: Shape, parts: Sequence[Block]) -> Array:
-    """An array in the form of a fact about `before`, as one about `after`."""
+def symbolic_blocks(before: Dims, after: Dims) -> list[Block]:
+    """The same where sizes are open: a block ends where what is before it, or what is
+    behind it, has the same product on both sides, as polynomials."""
+    ends = _equal_products(before, after)
+    for one, two in _equal_products(before[::-1], after[::-1]):
+        ends.add((len(before) - one, len(after) - two))
+    found: list[Block] = []
+    one = two = 0
+    for first, second in sorted({*ends, (len(before), len(after))}):
+        if (first, second) != (one, two) and first >= one and second >= two:
+            found.append((tuple(range(one, first)), tuple(range(two, second))))
+            one, two = first, second
+    return found
+
+
+def _settled(before: Dims, after: Dims) -> Dims:
+    """`before`, where the sizes that broadcast are known to be those of `after`.
+
+    A size that others broadcast to is at least each of them; since both shapes have
+    equally many elements, none is larger.
+    """
+    left = [axis for axis, size in enumerate(before) if not isinstance(size, int)]
+    right = [size for size in after if not isinstance(size, int)]
+    if len(left) != len(right):
+        return before
+    numbers = [product(d for d in dims if isinstance(d, int)) for dims in (before, after)]
+    made = list(before)
+    for axis, size in zip(left, right, strict=True):
+        if before[axis] != size and size not in (
+            arguments_of(before[axis], "bcast") or ()
+        ):
+            return before
+        made[axis] = size
+    return tuple(made) if numbers[0] == numbers[1] else before
+
+
+def _equal_products(before: Dims, after: Dims) -> set[tuple[int, int]]:
+    """How many of the first dims of both have the same product."""
+    places: dict[Dim, list[int]] = {}
+    for count in range(len(after) + 1):
+        places.setdefault(product(after[:count]), []).append(count)
+    return {
+        (count, other)
+        for count in range(len(before) + 1)
+        for other in places.get(product(before[:count]), [])
+    }
+
+
+def _turned(
+    array: Array, before: Shape, after: Shape, parts: Sequence[Block]
+) -> Array | None:
+    """An array in the form of a fact about `before`, as one about `after`.
+
+    None where it differs along an axis that is merged with one of open size.
+    """
     shape = list(array.shape)
-    for mine, _ in parts:
+    for mine, theirs in parts:
         if any(shape[axis] > 1 for axis in mine):
+            if not theirs or not _is_known(before, mine) or not _is_known(after, theirs):
+                return None
             for axis in mine:
                 size = before[axis]
                 shape[axis] = size if isinstance(size, int) else shape[axis]
@@ -101,63 +166,97 @@ def _turned(array: Array, before: Shape, after: Shape, parts: Sequence[Block]) -
     return spread.reshape(made)
 
 
+def _touched(parts: Sequence[Block], axes: Sequence[int]) -> list[Block]:
+    """The blocks that hold `axes`; an axis of one element, with the block behind it."""
+    found = [part for part in parts if set(part[0]) & set(axes)]
+    rest = parts[parts.index(found[-1]) + 1 :] if found else []
+    while rest and not any(theirs for _, theirs in found):
+        found.append(rest[0])
+        rest = rest[1:]
+    return found
+
+
+def _in_front(axes: Sequence[int], ones: Sequence[int]) -> list[int]:
+    """The axes of one element that stand directly in front of `axes`."""
+    first = min(axes, default=0)
+    while first - 1 in ones:
+        first -= 1
+    return [*range(first, min(axes, default=0))]
+
+
+def _is_known(sizes: Shape, axes: Sequence[int]) -> bool:
+    return all(isinstance(sizes[axis], int) for axis in axes)
+
+
 class Reshape(Rule):
     """Reshape, Flatten, Squeeze and Unsqueeze, as what they do to the shape."""
 
-    def _shapes(self, a: Analysis, node: NodeProto) -> tuple[Shape, Shape] | None:
-        before, after = a.shape(node.input[0]), a.shape(node.output[0])
-        return None if before is None or after is None else (before, after)
+    def _blocks(
+        self, a: Analysis, node: NodeProto
+    ) -> tuple[Shape, Shape, list[Block]] | None:
+        """The shapes before and after, and how their axes pair."""
+        names = node.input[0], node.output[0]
+        before, after = a.shape(names[0]), a.shape(names[1])
+        if before is None or after is None:
+            return None
+        parts = blocks(before, after)
+        if parts is None:
+            dims = [a.graph.fact(name).dims for name in names]
+            assert dims[0] is not None
+            assert dims[1] is not None
+            parts = symbolic_blocks(_settled(dims[0], dims[1]), dims[1])
+        return before, after, parts
 
     def forward(self, a: Analysis, node: NodeProto) -> Sequence[Fact | None]:
         """The fact in its new shape."""
-        given, shapes = a.fact(node.input[0]), self._shapes(a, node)
-        if given is None or shapes is None or (parts := blocks(*shapes)) is None:
+        given = a.fact(node.input[0])
+        found = self._blocks(a, node) if given is not None else None
+        if given is None or found is None:
             return [None]
-        return [
-            fact(
-                _turned(given.kinds, *shapes, parts),
-                _turned(given.values, *shapes, parts),
-            )
-        ]
+        kinds, values = _turned(given.kinds, *found), _turned(given.values, *found)
+        return [None if kinds is None or values is None else fact(kinds, values)]
 
     def backward(
         self, a: Analysis, node: NodeProto, needs: Sequence[Demand]
     ) -> Sequence[Demand]:
         """The demand in the old shape."""
         wanted: list[Demand] = [None] * len(node.input)
-        shapes, need = self._shapes(a, node), needs[0]
-        if need is None or not need.ndim or shapes is None:
+        need = needs[0]
+        found = self._blocks(a, node) if need is not None and need.ndim else None
+        if need is None or found is None:
             return wanted
-        parts = blocks(*shapes)
-        if parts is None:
-            return wanted
+        before, after, parts = found
         swapped = [(theirs, mine) for mine, theirs in parts]
-        wanted[0] = _turned(need, shapes[1], shapes[0], swapped)
+        wanted[0] = _turned(need, after, before, swapped)
         return wanted
 
+    def keeps_rows(self, link: Link) -> bool:
+        """Elements stay in their order, whatever is left of each row."""
+        return True
+
     def link(self, link: Link) -> None:
-        """Pair the atoms of the block that the slot lies in; correct literal sizes."""
-        node = link.node
-        shapes = self._shapes(link.analysis, node)
-        parts = blocks(*shapes) if shapes is not None else None
-        if shapes is None or parts is None or (link.side == "in" and link.index > 0):
+        """Pair the atoms of the blocks that the slot lies in; correct literal sizes."""
+        found = self._blocks(link.analysis, link.node)
+        if found is None or (link.side == "in" and link.index > 0):
             link.bar("how it pairs the axes is not known")
             return
-        flip = link.side == "out"
-        before, after = shapes[::-1] if flip else shapes
-        for mine, theirs in ((b, a) if flip else (a, b) for a, b in parts):
-            if set(link.axes) <= set(mine):
-                self._tie(link, before, after, mine, theirs)
-                break
-        else:
+        before, after, parts = found
+        if link.side == "out":
+            before, after = after, before
+            parts = [(theirs, mine) for mine, theirs in parts]
+        touched = _touched(parts, link.axes)
+        mine = [axis for part in touched for axis in part[0]]
+        theirs = [axis for part in touched for axis in part[1]]
+        if not _is_known(before, mine) or not _is_known(after, theirs):
             link.bar("it regroups the axes")
-            return
+        elif self._tie(link, before, after, mine, theirs):
+            self._correct(link)
+
+    def _correct(self, link: Link) -> None:
+        """Let what is written of the sizes of the result follow."""
+        node = link.node
         if node.op_type == "Reshape":
-            patch = ShapePatch(link)
-            if patch.reason:
-                link.bar(patch.reason)
-            else:
-                link.patch(patch)
+            correct_shape(link)
         elif node.op_type == "Squeeze" and not _names_axes(node):
             link.restrict(_two_left(link.slot), "a Squeeze would take an axis of one")
 
@@ -168,26 +267,42 @@ class Reshape(Rule):
         after: Shape,
         mine: Sequence[int],
         theirs: Sequence[int],
-    ) -> None:
-        """Element k of the block is an atom here and an atom there."""
+    ) -> bool:
+        """Element k of the block is an atom here and an atom there; False if not yet."""
         side = link.opposite
         known = link.groups.slots_of(link.name(side, 0))
         axes = [axis for axis in theirs if after[axis] != 1]
-        covered = [s for s in known if set(s.axes) <= set(theirs)]
+        axes = axes or list(theirs[:1])
+        ones = [o for o, size in enumerate(after) if size == 1 and o not in theirs]
+        reached = {*theirs, *ones}
+        wanted = {*theirs, *_in_front(theirs, ones)}
+        covered = [s for s in known if set(s.axes) <= reached and set(s.axes) & wanted]
+        theirs = [*theirs, *ones]
         if covered:  # it came from there: by an axis that spans the block or a part
-            axes = [axis for slot in covered for axis in slot.axes]
+            axes = sorted({axis for slot in covered for axis in slot.axes})
         elif len(axes) > 1 and link.groups.defer(link):
-            return  # a layer may tell which of these axes holds the channels
+            return False  # a layer may tell which of these axes holds the channels
         if not axes:
             link.bar("nothing is left of the axis")
-            return
+            return False
         sizes = [int(before[axis] or 1) for axis in mine]
         others = [int(after[axis] or 1) for axis in theirs]
         count = math.prod(sizes)
         here = _atoms(np.arange(count), sizes, [mine.index(axis) for axis in link.axes])
-        there = _atoms(np.arange(count), others, [theirs.index(a) for a in sorted(axes)])
+        there = _atoms(np.arange(count), others, [theirs.index(axis) for axis in axes])
         pairs = np.unique(np.stack([here, there]), axis=1)
-        link.tie(side, 0, sorted(axes), here=pairs[0], there=pairs[1])
+        return link.tie(side, 0, axes, here=pairs[0], there=pairs[1]) is not None
+
+
+def correct_shape(link: Link) -> None:
+    """Let the shape that a Reshape or Expand is given follow what goes of its result."""
+    node = link.node
+    for slot in link.groups.slots_of(node.output[0]):
+        patch = ShapePatch(link.analysis, node, slot)
+        if patch.reason:
+            link.bar(patch.reason)
+        else:
+            link.groups.patch((id(node), slot.axes), slot, patch)
 
 
 def _names_axes(node: NodeProto) -> bool:
@@ -214,77 +329,143 @@ def _atoms(flat: Array, sizes: Sequence[int], places: Sequence[int]) -> Array:
     return np.ravel_multi_index(chosen, [sizes[place] for place in places])
 
 
-class ShapePatch:
-    """Corrects the literal sizes in the shape that a Reshape is given.
+Literal = tuple[NodeProto, int, int]
+"""Where a size is written: a node, the input that is the constant, a place in that."""
 
+
+class ShapePatch:
+    """Writes the sizes of a slot of the result into the shape that a node is given.
+
+    Where the shape is a constant, or a Concat with constants among its parts, those
+    change. Where a size is computed, a constant takes its place, by a Concat or a Where.
     `reason` says why it cannot, where it cannot.
     """
 
-    def __init__(self, link: Link) -> None:
-        self.node, self.link = link.node, link
-        self.reason = ""
-        a = link.analysis
-        self._parts: list[tuple[NodeProto, int, int]] = []
-        self._literals = self._read(a, self.node, 1)
-        after, before = a.shape(self.node.output[0]), a.shape(self.node.input[0])
-        assert after is not None
-        assert before is not None
-        if self._literals is None or len(self._literals) != len(after):
-            self.reason = "its shape is computed"
+    def __init__(self, a: Analysis, node: NodeProto, slot: Slot) -> None:
+        self.node, self.slot, self.reason = node, slot, ""
+        found, before = _literals(a, node), a.shape(node.input[0]) or ()
+        if found is None:
+            value = a.graph.fact(node.input[1]).value
+            if value is None or any(size is None or size == 0 for size in value.flat):
+                self.reason = "its shape is computed"
+            self._count = 0 if value is None else value.size
             return
-        for axis, literal in enumerate(self._literals):
-            size = after[axis]
-            if literal is None and isinstance(size, int) and size != 1:
-                self.reason = "a size in its shape is computed"
-            if literal == 0 and attributes.get(self.node, "allowzero", 0):
+        for axis, size in zip(slot.axes, slot.dims, strict=True):
+            place = axis - self._missing(a, found)
+            literal = found[place][0] if place >= 0 else None
+            if literal == 0 and attributes.get(node, "allowzero", 0):
                 self.reason = "its shape has a zero"
             if literal == 0 and axis < len(before) and before[axis] != size:
                 self.reason = "it copies a size from another axis"
 
-    def _read(self, a: Analysis, node: NodeProto, slot: int) -> list[int | None] | None:
-        """The sizes, None for each that is computed; where each literal stands."""
-        name = node.input[slot]
-        array = a.graph.array(name)
-        if array is not None:
-            self._parts += [(node, slot, place) for place in range(array.size)]
-            return [int(size) for size in array.reshape(-1).tolist()]
-        maker = a.graph.producer(name)
-        if maker is None or a.graph.op(maker) != "Concat":
-            return None
-        found: list[int | None] = []
-        for index, part in enumerate(maker.input):
-            if a.graph.weight(part) is not None:
-                found += self._read(a, maker, index) or []
-            elif a.size(part, 0) == 1:
-                self._parts.append((maker, index, -1))
-                found.append(None)
-            else:
-                return None
-        return found
+    def _missing(self, a: Analysis, found: Sequence[object]) -> int:
+        """How many axes of the result stand before those that the shape speaks of."""
+        return (a.rank(self.node.output[0]) or len(found)) - len(found)
 
     def __call__(self, removal: Removal) -> None:
-        """Write the new sizes of the axes of the slots of the output."""
-        name = self.node.output[0]
-        assert self._literals is not None
-        for slot in removal.groups.slots_of(name):
-            kept = removal.kept(slot).reshape(slot.dims)
-            if kept.all():
-                continue
-            for place, axis in enumerate(slot.axes):
-                others = tuple(o for o in range(kept.ndim) if o != place)
-                size = int(kept.any(axis=others).sum())
-                if (self._literals[axis] or 0) > 0:
-                    self._write(removal, axis, size)
+        """Write what is left of each axis of the slot."""
+        a = removal.groups.analysis
+        if removal.kept(self.slot).all() or not removal.kept(self.slot).any():
+            return
+        found = _literals(a, self.node)
+        if found is None:
+            self._write_over(removal)
+            return
+        shift = self._missing(a, found)
+        sizes: dict[int, int] = {}
+        for axis, size in removal.sizes(self.slot).items():
+            literal = found[axis - shift][0] if axis >= shift else -1
+            if literal is None or literal > 0:  # else it follows from the others
+                sizes[axis - shift] = size
+        maker = found[0][1][0]
+        if maker is not self.node and len(a.graph.uses(maker.output[0])) > 1:
+            self._write_apart(removal, maker, found, sizes)
+            return
+        for place, size in sizes.items():
+            literal, (node, index, where) = found[place]
+            if literal is None:
+                made = removal.edit.add_weight(np.array([size], np.int64), "size")
+                removal.edit.set_input(node, index, made)
+            else:
+                removal.change(node, index, _Put(where, size))
 
-    def _write(self, removal: Removal, axis: int, size: int) -> None:
-        node, index, place = self._parts[axis]
+    def _write_over(self, removal: Removal) -> None:
+        """Let a Where put the new sizes in the place of computed ones."""
+        sizes = np.zeros(self._count, np.int64)
+        for axis, size in removal.sizes(self.slot).items():
+            place = axis - (removal.groups.analysis.rank(self.node.output[0]) or 0)
+            if place >= -self._count:
+                sizes[place] = size
+        names = [
+            removal.edit.add_weight(sizes > 0, "is_known"),
+            removal.edit.add_weight(sizes, "sizes"),
+            self.node.input[1],
+        ]
+        removal.edit.set_input(self.node, 1, removal.edit.insert("Where", names)[0])
 
-        def change(array: Array) -> Array:
-            made = array.copy()
-            made.reshape(-1)[place] = size
-            return made
+    def _write_apart(
+        self,
+        removal: Removal,
+        maker: NodeProto,
+        found: Sequence[tuple[int | None, Literal]],
+        sizes: Mapping[int, int],
+    ) -> None:
+        """Through a Concat of its own: others read the shape as it is."""
+        parts = list(maker.input)
+        arrays: dict[int, Array] = {}
+        for where, size in sizes.items():
+            literal, (_, index, place) = found[where]
+            given = removal.graph.array(parts[index]) if literal is not None else None
+            array = arrays.setdefault(
+                index, np.ones(1, np.int64) if given is None else given.copy()
+            )
+            array.reshape(-1)[place] = size
+        for index, array in arrays.items():
+            parts[index] = removal.edit.add_weight(array, parts[index])
+        made = removal.edit.insert("Concat", parts, attrs={"axis": 0})
+        removal.edit.set_input(self.node, 1, made[0])
 
-        removal.change(node, index, change)
+
+def _literals(a: Analysis, node: NodeProto) -> list[tuple[int | None, Literal]] | None:
+    """Each size of the shape, None for one that is computed, and where it stands."""
+    name = node.input[1]
+    array = a.graph.array(name)
+    if array is not None:
+        return _written(array, node, 1)
+    maker = a.graph.producer(name)
+    if maker is None or a.graph.op(maker) != "Concat" or a.rank(name) != 1:
+        return None
+    found: list[tuple[int | None, Literal]] = []
+    for index, part in enumerate(maker.input):
+        array = a.graph.array(part)
+        if array is not None:
+            found += _written(array, maker, index)
+        elif a.size(part, 0) == 1:
+            found.append((None, (maker, index, 0)))
+        else:
+            return None
+    return found
+
+
+def _written(
+    array: Array, node: NodeProto, index: int
+) -> list[tuple[int | None, Literal]]:
+    return [
+        (int(size), (node, index, place))
+        for place, size in enumerate(array.reshape(-1).tolist())
+    ]
+
+
+class _Put:
+    """Puts a value into a vector."""
+
+    def __init__(self, place: int, value: int) -> None:
+        self.place, self.value = place, value
+
+    def __call__(self, array: Array) -> Array:
+        made = array.copy()
+        made.reshape(-1)[self.place] = self.value
+        return made
 
 
 class Transpose(Rule):
@@ -312,6 +493,12 @@ class Transpose(Rule):
         if perm is None or need is None or not need.ndim:
             return [need if need is None or perm is not None else None]
         return [need.transpose(np.argsort(perm).tolist())]
+
+    def keeps_rows(self, link: Link) -> bool:
+        """Where the rows are still the rows."""
+        perm = self._perm(link.analysis, link.node) or []
+        turn = perm.index if link.side == "in" else perm.__getitem__
+        return turn(link.axes[0]) < turn(link.axes[1])
 
     def link(self, link: Link) -> None:
         """Each axis at its new place."""

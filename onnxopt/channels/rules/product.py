@@ -1,13 +1,18 @@
-"""Gemm and MatMul with a constant right-hand side."""
+"""Gemm, and MatMul: with a constant right-hand side a layer, else a contraction."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from onnx import NodeProto
 
 from onnxopt import attributes
+from onnxopt.channels.demand import Demand
+from onnxopt.channels.facts import Fact
+from onnxopt.channels.groups import Link
 from onnxopt.channels.removal import Removal
+from onnxopt.channels.rules.contraction import Contraction
 from onnxopt.channels.rules.layer import Layer
 from onnxopt.channels.rules.matrix import Floats, Geometry
 from onnxopt.weights import Array
@@ -21,9 +26,13 @@ class Gemm(Layer):
 
     layer_axis = 1
 
+    def is_layer(self, a: Analysis, node: NodeProto) -> bool:
+        """Only with a constant weight."""
+        return self.geometry(a, node) is not None
+
     def geometry(self, a: Analysis, node: NodeProto) -> Geometry | None:
         """See Layer."""
-        if not a.is_constant(node.input[1]) or a.graph.opset() < 7:
+        if not a.is_constant(node.input[self.weight_slot]) or a.graph.opset() < 7:
             return None
         turned = attributes.get(node, "transB", 0)
         return Geometry(
@@ -37,15 +46,45 @@ class Gemm(Layer):
 
 
 class MatMul(Layer):
-    """[..., K] times a constant [K, N]; a constant channel goes into an Add behind it."""
+    """[..., K] times a constant [K, N]; a constant channel goes into an Add behind it.
+
+    Where the right-hand side is computed, it is a contraction of two values.
+    """
 
     layer_axis = -1
     bias_slot = None
+    contraction = Contraction()
+
+    def is_layer(self, a: Analysis, node: NodeProto) -> bool:
+        """Only with a constant weight: scores of attention are no channels."""
+        return self.geometry(a, node) is not None
+
+    def forward(self, a: Analysis, node: NodeProto) -> Sequence[Fact | None]:
+        """See Layer and Contraction."""
+        if self.geometry(a, node) is None:
+            return self.contraction.forward(a, node)
+        return super().forward(a, node)
+
+    def backward(
+        self, a: Analysis, node: NodeProto, needs: Sequence[Demand]
+    ) -> Sequence[Demand]:
+        """See Layer and Contraction."""
+        if self.geometry(a, node) is None:
+            return self.contraction.backward(a, node, needs)
+        return super().backward(a, node, needs)
+
+    def link(self, link: Link) -> None:
+        """See Layer and Contraction."""
+        if self.geometry(link.analysis, link.node) is None:
+            self.contraction.link(link)
+        else:
+            super().link(link)
 
     def geometry(self, a: Analysis, node: NodeProto) -> Geometry | None:
         """See Layer."""
-        rank, given = a.rank(node.input[1]), a.rank(node.input[0])
-        if not a.is_constant(node.input[1]) or rank is None or rank < 2 or not given:
+        name = node.input[self.weight_slot]
+        rank, given = a.rank(name), a.rank(node.input[0])
+        if not a.is_constant(name) or rank is None or rank < 2 or not given:
             return None
         # what a constant adds differs from matrix to matrix of a stack of them
         return Geometry(-1, -1, rank - 1, rank - 2, spreads=rank > 2)

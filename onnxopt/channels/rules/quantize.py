@@ -72,6 +72,10 @@ class Quantizing(Rule):
         wanted[0] = demand.onto(needs[0], a.shape(node.input[0]))
         return wanted
 
+    def keeps_rows(self, link: Link) -> bool:
+        """Every element is handed on by itself."""
+        return True
+
     def link(self, link: Link) -> None:
         """Tie input and output, and the parameters where their axis is the slot's."""
         node, a = link.node, link.analysis

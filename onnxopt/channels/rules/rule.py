@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from onnxopt.channels.groups import Link, Slot
 
 
+Seed = tuple[int, tuple[int, ...]]
+"""An output of a node, by index, and axes of it."""
+
+
 class Rule:
     """An operator: by default one that mixes everything and lets nothing go.
 
@@ -24,6 +28,10 @@ class Rule:
 
     drops_inputs = False
     layer_axis: int | None = None
+
+    def is_layer(self, a: Analysis, node: NodeProto) -> bool:
+        """Whether `node` makes channels, on `layer_axis`."""
+        return self.layer_axis is not None
 
     def forward(self, a: Analysis, node: NodeProto) -> Sequence[Fact | None]:
         """What is known of each output, from what is known of the inputs."""
@@ -38,6 +46,26 @@ class Rule:
     def link(self, link: Link) -> None:
         """Tie the slot that reaches `link.node` to the node's other slots, or bar it."""
         link.bar(f"there is no channel rule for {link.op}")
+
+    def seeds(self, a: Analysis, node: NodeProto) -> Sequence[Seed]:
+        """The outputs that it makes channels on, with the axes that count them."""
+        if not self.is_layer(a, node):
+            return []
+        rank = a.rank(node.output[0])
+        if self.layer_axis is None or not rank or not -rank <= self.layer_axis < rank:
+            return []
+        return [(0, (self.layer_axis % rank,))]
+
+    def sources(self, a: Analysis, node: NodeProto) -> Sequence[Seed]:
+        """The inputs whose channels it mixes, with the axes that count them."""
+        return []
+
+    def keeps_rows(self, link: Link) -> bool:
+        """Whether rows of the slot (indices of its first axis) may lose other columns.
+
+        Only where nothing looks at a column across the rows: see `blocks`.
+        """
+        return False
 
     def drops_operand(self, a: Analysis, node: NodeProto, slot: Slot) -> bool:
         """Whether `node` can do without an input of which all channels go."""

@@ -33,7 +33,7 @@ class LayerSink(Sink):
     def __init__(self, layer: Layer, link: Link, g: Geometry) -> None:
         a, node, slot = link.analysis, link.node, link.slot
         self.layer, self.geometry, self.slot, self.node = layer, g, slot, node
-        given = a.fact(node.input[0])
+        given = layer.given(a, node)
         size = slot.size
         self.free = np.zeros(size, bool)
         self.constant = np.zeros(size, bool)
@@ -53,7 +53,7 @@ class LayerSink(Sink):
             self.free = self.free | (~live & ~wild)
 
     def _can_compensate(self, a: Analysis) -> bool:
-        if not a.is_float(self.node.output[0]):
+        if not a.is_float(self.node.output[0]) and not self.layer.of_codes:
             return False
         return self.layer.can_shift(a, self.node, self.geometry)
 
@@ -68,7 +68,7 @@ class LayerSink(Sink):
         """Put what `constants` add into the bias."""
         g, a = self.geometry, removal.groups.analysis
         a.forget_arrays()  # of the outputs some may be gone by now
-        weight = a.array(self.node.input[1])
+        weight = self.layer.weight(a, self.node)
         assert weight is not None
         values = np.zeros(self.slot.size)
         values[constants] = self.values[constants]
@@ -93,7 +93,7 @@ class BorderSink(LayerSink):
         super().__init__(layer, link, g)
         self.needs_carrier = True
         self._map_size = self._size_of_map(link.analysis)
-        weight = link.groups.graph.weight(self.node.input[1])
+        weight = link.groups.graph.weight(self.node.input[layer.weight_slot])
         self._column_size = elements(weight) // self.slot.size if weight else 0
 
     def _can_compensate(self, a: Analysis) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +11,9 @@ from onnx import NodeProto
 from onnxopt import attributes
 from onnxopt.channels.demand import NOTHING, Demand
 from onnxopt.channels.groups import Link
+from onnxopt.channels.removal import Removal
 from onnxopt.channels.rules.rule import Rule
+from onnxopt.weights import Array
 
 if TYPE_CHECKING:
     from onnxopt.channels.analysis import Analysis
@@ -29,11 +31,62 @@ class Size(Rule):
         return [NOTHING]
 
     def link(self, link: Link) -> None:
-        """A bar, unless every reader picks the sizes of other axes."""
+        """Who reads the size reads a constant from then on; a bar where that cannot be.
+
+        So 1 / sqrt(d) stays what it was. Where a shape is made from the size, the one
+        who uses that shape has a patch of its own, or a bar.
+        """
         a, node = link.analysis, link.node
         rank = a.rank(node.input[0])
-        if rank is None or any(axis in _read(a, node, rank) for axis in link.axes):
+        if rank is not None and not set(link.axes) & _read(a, node, rank):
+            return
+        found = None if rank is None else _readers(a, node, rank, set(link.axes))
+        if found is None:
             link.bar("its size is read")
+        else:
+            link.patch(_Freeze(found), link.axes)
+
+
+class _Freeze:
+    """Puts constants in the place of values that are made from sizes alone."""
+
+    def __init__(self, values: Mapping[str, Array]) -> None:
+        self.values = values
+
+    def __call__(self, removal: Removal) -> None:
+        for name, array in self.values.items():
+            if removal.graph.producer(name) is not None:
+                made = removal.edit.add_weight(array, name)
+                removal.edit.redirect(name, made)
+
+
+def _readers(
+    a: Analysis, node: NodeProto, rank: int, axes: set[int]
+) -> dict[str, Array] | None:
+    """What is picked of the sizes of `axes`, and its value; None where that is open."""
+    graph, name = a.graph, node.output[0]
+    sizes = [a.size(node.input[0], axis) for axis in range(rank)]
+    first = attributes.get(node, "start", 0)
+    window = list(range(rank))[slice(first, attributes.get(node, "end"))]
+    if graph.is_output(name) or graph.is_pinned(name):
+        return None
+    found: dict[str, Array] = {}
+    for use in graph.uses(name):
+        made = use.node.output[0]
+        if use.view is not graph or use.index != 0 or graph.is_output(made):
+            return None
+        places = _picked(a, use.node, len(window))
+        if places is None or graph.is_pinned(made):
+            return None
+        picked = [sizes[window[place]] for place in places]
+        if axes & {window[place] for place in places}:
+            dims = a.shape(made)
+            known = [size for size in picked if size is not None]
+            if dims is None or len(known) < len(picked):
+                return None
+            shape = [size for size in dims if isinstance(size, int)]
+            found[made] = np.array(known, np.int64).reshape(shape)
+    return found
 
 
 def _read(a: Analysis, node: NodeProto, rank: int) -> set[int]:

@@ -1,4 +1,4 @@
-"""Operators on the axes behind the channels: pools, reductions, Pad, Resize."""
+"""Operators on the axes behind the channels: pools, Pad."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from onnxopt.channels import demand
 from onnxopt.channels.demand import Demand
 from onnxopt.channels.facts import Fact, Kind, Kinds, fact
 from onnxopt.channels.groups import Link
-from onnxopt.channels.removal import Removal
 from onnxopt.channels.rules.rule import Rule
-from onnxopt.weights import Array
 
 if TYPE_CHECKING:
     from onnxopt.channels.analysis import Analysis
@@ -75,85 +73,6 @@ def _unless_zero(given: Fact) -> Kinds:
     """Constants become MAP, except for zeros."""
     changed = given.is_const & ~given.is_zero
     return np.asarray(np.where(changed, Kind.MAP, given.kinds), np.uint8)
-
-
-class Reduce(Rule):
-    """ReduceMean and its kin, over axes that hold no channels."""
-
-    keeps = frozenset({"ReduceMean", "ReduceMax", "ReduceMin"})
-
-    def axes(self, a: Analysis, node: NodeProto) -> tuple[int, ...] | None:
-        """The axes that are reduced (from 0 on); None where they are not known."""
-        rank = a.rank(node.input[0])
-        axes = attributes.get(node, "axes")
-        if axes is None and len(node.input) > 1 and node.input[1]:
-            array = a.array(node.input[1])
-            if array is None:
-                return None
-            axes = array.tolist()
-        if rank is None:
-            return None
-        if not axes:
-            is_idle = attributes.get(node, "noop_with_empty_axes", 0)
-            return () if is_idle else tuple(range(rank))
-        return tuple(sorted(axis % rank for axis in axes))
-
-    def _keepdims(self, node: NodeProto) -> bool:
-        return bool(attributes.get(node, "keepdims", 1))
-
-    def forward(self, a: Analysis, node: NodeProto) -> Sequence[Fact | None]:
-        """Means and extremes of a constant are that constant."""
-        given, axes = a.fact(node.input[0]), self.axes(a, node)
-        if given is None or axes is None:
-            return [None]
-        kinds = given.kinds.min(axis=axes, keepdims=True)
-        first = given.values.min(axis=axes, keepdims=True)
-        same = first == given.values.max(axis=axes, keepdims=True)
-        if node.op_type not in self.keeps:
-            same = same & (first == 0) & (node.op_type in _OF_ZEROS)
-        kinds = np.where((kinds == Kind.CONST) & ~same, Kind.MAP, kinds)
-        if not self._keepdims(node):
-            kinds, first = kinds.squeeze(axes), first.squeeze(axes)
-        return [fact(kinds, first)]
-
-    def backward(
-        self, a: Analysis, node: NodeProto, needs: Sequence[Demand]
-    ) -> Sequence[Demand]:
-        """Of the input, all that is needed of the result went into."""
-        wanted: list[Demand] = [None] * len(node.input)
-        axes, need = self.axes(a, node), needs[0]
-        rank = a.rank(node.input[0])
-        if axes is None or need is None or rank is None:
-            return wanted
-        if need.ndim and not self._keepdims(node):
-            need = np.expand_dims(need, axes)
-        wanted[0] = need
-        return wanted
-
-    def link(self, link: Link) -> None:
-        """Axes that are not reduced go through."""
-        node = link.node
-        axes = self.axes(link.analysis, node)
-        rank = link.analysis.rank(node.input[0])
-        if axes is None or rank is None or (link.side == "in" and link.index > 0):
-            link.bar("the axes that it reduces are not known")
-            return
-        left = [axis for axis in range(rank) if axis not in axes]
-        if self._keepdims(node):
-            left = list(range(rank))
-        if link.side == "out":
-            own = [left[axis] for axis in link.axes]
-        else:
-            own = list(link.axes)
-        if any(axis in axes for axis in own):
-            link.bar("it reduces this axis")
-        elif link.side == "out":
-            link.tie("in", 0, own)
-        else:
-            link.tie("out", 0, [left.index(axis) for axis in own])
-
-
-_OF_ZEROS = frozenset({"ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare"})
 
 
 class Pad(Rule):
@@ -222,73 +141,3 @@ class Pad(Rule):
             link.bar("it pads this axis")
         else:
             link.tie(link.opposite, 0, link.axes)
-
-
-class Resize(Rule):
-    """Channels go through where their axis keeps its size; sizes are corrected."""
-
-    def _is_plain(self, node: NodeProto) -> bool:
-        """Whether what comes out at a place is a mean of what went in."""
-        mode = attributes.get(node, "mode", "nearest")
-        how = attributes.get(node, "coordinate_transformation_mode", "half_pixel")
-        return mode in ("nearest", "linear") and how != "tf_crop_and_resize"
-
-    def forward(self, a: Analysis, node: NodeProto) -> Sequence[Fact | None]:
-        """Nearest and linear keep a constant."""
-        given = a.fact(node.input[0])
-        same = a.size(node.input[0], 1) == a.size(node.output[0], 1)
-        if given is None or given.kinds.ndim < 3 or not same:
-            return [None]
-        flat = given.along(1, given.kinds.shape[1])
-        kinds = flat.kinds
-        if not self._is_plain(node):
-            kinds = np.asarray(np.where(flat.is_const, Kind.MAP, kinds), np.uint8)
-        return [fact(kinds, flat.values)]
-
-    def backward(
-        self, a: Analysis, node: NodeProto, needs: Sequence[Demand]
-    ) -> Sequence[Demand]:
-        """The channels that are needed of the result."""
-        wanted: list[Demand] = [None] * len(node.input)
-        size, rank = a.size(node.input[0], 1), a.rank(node.input[0])
-        if size is None or rank is None or a.size(node.output[0], 1) != size:
-            return wanted
-        wanted[0] = demand.along(demand.channels(needs[0], 1, size), 1, rank)
-        return wanted
-
-    def link(self, link: Link) -> None:
-        """See the class."""
-        a, node = link.analysis, link.node
-        if link.side == "in" and link.index > 0:
-            link.bar("its sizes are computed from this")
-            return
-        for axis in link.axes:
-            size = a.size(node.input[0], axis)
-            if size is None or size != a.size(node.output[0], axis) or axis > 1:
-                link.bar("it resizes this axis")
-                return
-        slot = 3 if a.graph.opset() > 10 else 2
-        sizes = link.name("in", slot)
-        if sizes:
-            array = a.graph.array(sizes)
-            if array is None or attributes.get(node, "axes") is not None:
-                link.bar("its sizes are computed")
-                return
-            given = link.slot
-
-            def patch(removal: Removal) -> None:
-                channels = int(removal.kept(given).sum())
-                removal.change(node, slot, lambda array: _with(array, 1, channels))
-
-            if link.axes == (1,):
-                link.patch(patch)
-        elif a.array(link.name("in", slot - 1)) is None:
-            link.bar("its scales are computed")
-            return
-        link.tie(link.opposite, 0, link.axes)
-
-
-def _with(array: Array, index: int, value: int) -> Array:
-    made = array.copy()
-    made[index] = value
-    return made

@@ -8,9 +8,10 @@ from __future__ import annotations
 from onnx import TensorProto
 
 from onnxopt import attributes
+from onnxopt.symbolic import dim
 from onnxopt.symbolic.fact import Call, Dims, Fact
 from onnxopt.symbolic.rules.elementwise import Rule, broadcast, same
-from onnxopt.symbolic.rules.layers import conv
+from onnxopt.symbolic.rules.layers import conv, global_pool, pool
 
 
 def lstm(call: Call) -> list[Fact]:
@@ -69,6 +70,42 @@ def dequantize(call: Call) -> list[Fact]:
     return [Fact(call.inputs[1].dtype, call.inputs[0].dims)]
 
 
+def quantized_gemm(call: Call) -> list[Fact]:
+    """[M, N], by what is transposed; floats without a scale of the result."""
+    kind = call.inputs[8].dtype if call.has(8) else TensorProto.FLOAT
+    left, right = call.inputs[0].dims, call.inputs[3].dims
+    if left is None or right is None or len(left) != 2 or len(right) != 2:
+        return [Fact(kind)]
+    rows = left[1 if attributes.get(call.node, "transA", 0) else 0]
+    return [Fact(kind, (rows, right[0 if attributes.get(call.node, "transB", 0) else 1]))]
+
+
+def quantized_concat(call: Call) -> list[Fact]:
+    """Scale and zero point of the result, then operands with theirs."""
+    kind, every = call.inputs[1].dtype, [given.dims for given in call.inputs[2::3]]
+    first = every[0] if every else None
+    axis = attributes.get(call.node, "axis")
+    if first is None or axis is None or not -len(first) <= axis < len(first):
+        return [Fact(kind)]
+    made = list(first)
+    for dims in every[1:]:
+        if dims is None or len(dims) != len(first):
+            return [Fact(kind)]
+        made[axis] = dim.add(made[axis], dims[axis])
+        for place, size in enumerate(dims):
+            if place != axis % len(first) and size != first[place]:
+                made[place] = call.fresh(place)
+    return [Fact(kind, tuple(made))]
+
+
+def quantized_pool(call: Call) -> list[Fact] | None:
+    """The channels on axis 1, or not known."""
+    if attributes.get(call.node, "channels_last", 0):
+        return [Fact(call.inputs[0].dtype)]
+    is_global = call.node.op_type == "QLinearGlobalAveragePool"
+    return global_pool(call) if is_global else pool(call)
+
+
 _SAME = "BiasGelu FastGelu Gelu QLinearLeakyRelu QLinearSigmoid QuickGelu"
 
 RULES: dict[str, Rule] = {
@@ -79,7 +116,11 @@ RULES: dict[str, Rule] = {
     "FusedConv": conv,
     "MatMulIntegerToFloat": matmul_integer_to_float,
     "MatMulNBits": matmul_n_bits,
+    "QGemm": quantized_gemm,
     "QLinearAdd": quantized_binary,
+    "QLinearAveragePool": quantized_pool,
+    "QLinearConcat": quantized_concat,
+    "QLinearGlobalAveragePool": quantized_pool,
     "QLinearMul": quantized_binary,
     "QuantizeLinear": quantize,
     "SkipLayerNormalization": same,
