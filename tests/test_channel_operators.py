@@ -16,12 +16,14 @@ import onnx
 import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper
 from onnx.numpy_helper import from_array
+from onnx.reference import ReferenceEvaluator
 
 from onnxopt.channels.decision import Decision
 from onnxopt.channels.engine import analyse
 from onnxopt.channels.groups import Groups
-from onnxopt.manager import Context
+from onnxopt.manager import Context, PassManager
 from onnxopt.model import Model
+from onnxopt.recipe import parse_pipeline
 from tests import support
 from tests.support import Array
 
@@ -398,7 +400,10 @@ def test_the_last_state_is_an_output(
 ) -> None:
     """Then all units stay, and the reason says so."""
     source = read_all(recurrent("GRU", [(1, 4)], outputs="Y last"), 1).model(y=3, last=3)
-    check_units(shrink(source), "GRU", 1, HIDDEN)
+    model = shrink(source)
+    check_units(model, "GRU", 1, HIDDEN)
+    (said,) = [skip.reason for skip in support.skips(model)]
+    assert said == "2 dead channels stay: 'last' is an output of the graph"
     assert set(reasons(source, "Y")) == {"'last' is an output of the graph"}
 
 
@@ -552,6 +557,52 @@ def test_weights_that_are_inputs_stay(reasons: Callable[..., list[str | None]]) 
     net.inputs["R"] = net.weights.pop("R").shape
     source = read_all(net, 1).model()
     assert all("not constant" in str(reason) for reason in reasons(source, "Y"))
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.5])
+def test_text_recognizer(constant: float, shrink: Callable[..., Model]) -> None:
+    """Convolution, columns of the image as steps, two directions, a layer."""
+    net = Net(x=("N", 3, 4, "L"))
+    first = net.random("W0", 6, 3, 4, 1)
+    first[[0, 2, 3]] = 0
+    shift = net.random("b0", 6)
+    shift[[0, 2, 3]] = constant
+    net.weight("W0", first)
+    net.weight("b0", shift)
+    net.weight("two", np.array([2]))
+    net.add("Conv", "x W0 b0", "c")
+    net.add("Relu", "c", "r")
+    net.add("Squeeze", "r two", "s")
+    net.add("Transpose", "s", "steps", perm=[2, 0, 1])
+    inner = recurrent("LSTM", [(1, 4), (0, 2)], features=6)
+    net.weights.update(inner.weights)
+    net.nodes += inner.nodes
+    net.nodes[-1].input[0] = "steps"
+    model = shrink(read_all(net, 2).model())
+    check_units(model, "LSTM", 2, HIDDEN - 2, 3)
+    assert dims(model)["W0"] == [3, 3, 4, 1]
+
+
+@pytest.mark.parametrize("op_type", ["LSTM", "GRU"])
+def test_batch_first(op_type: str, context: Context) -> None:
+    """layout = 1, which ONNX Runtime does not run: by ONNX's reference."""
+    net = recurrent(op_type, [(1, 4)], layout=1, outputs="Y h")
+    net.inputs["x"] = ("N", "T", 5)
+    net.weight("two", np.array([2]))
+    net.add("Squeeze", "Y two", "s")
+    net.add("Add", "s h", "a")
+    net.weight("V", net.random("V", HIDDEN, 3))
+    net.add("MatMul", "a V")
+    source = net.model()
+    model = Model.open(source)
+    PassManager(parse_pipeline(PIPELINE)).run(model, context)
+    check_units(model, op_type, 1, HIDDEN - 2)
+    x = net.random("x", 2, 3, 5)
+    expected, found = (
+        ReferenceEvaluator(proto).run(None, {"x": x})
+        for proto in (source, support.final(model))
+    )
+    np.testing.assert_allclose(found[0], expected[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(40))
