@@ -1,0 +1,48 @@
+"""Networks of every family, small and with random weights, whose channels are known.
+
+`toolkit` is what they are built with; `masks` masks them, and says what has to go.
+"""
+
+from __future__ import annotations
+
+from tests.zoo.attention_gates import cbam, se_resnet
+from tests.zoo.convnext import convnext
+from tests.zoo.densenet import densenet
+from tests.zoo.efficientnet import efficientnet
+from tests.zoo.gan import gan
+from tests.zoo.inception import googlenet, inception_v3
+from tests.zoo.mobilenet import mobilenet_v1, mobilenet_v2, mobilenet_v3
+from tests.zoo.regnet import regnet
+from tests.zoo.resnet import resnet_basic, resnet_bottleneck, resnet_preact, resnext
+from tests.zoo.shufflenet import shufflenet_v2
+from tests.zoo.toolkit import Builder
+from tests.zoo.unet import unet_resized, unet_transposed
+from tests.zoo.vgg import vgg, vgg_bn
+from tests.zoo.wavenet import wavenet
+from tests.zoo.yolo import yolo
+
+ZOO: dict[str, Builder] = {
+    "VGG": vgg,
+    "VGG-BN": vgg_bn,
+    "ResNet basic": resnet_basic,
+    "ResNet bottleneck": resnet_bottleneck,
+    "ResNet pre-activation": resnet_preact,
+    "ResNeXt": resnext,
+    "DenseNet": densenet,
+    "GoogLeNet": googlenet,
+    "Inception v3": inception_v3,
+    "MobileNet v1": mobilenet_v1,
+    "MobileNet v2": mobilenet_v2,
+    "MobileNet v3": mobilenet_v3,
+    "EfficientNet": efficientnet,
+    "ShuffleNet v2": shufflenet_v2,
+    "RegNet": regnet,
+    "ConvNeXt": convnext,
+    "U-Net ConvTranspose": unet_transposed,
+    "U-Net Resize": unet_resized,
+    "YOLO": yolo,
+    "SE-ResNet": se_resnet,
+    "CBAM": cbam,
+    "GAN": gan,
+    "WaveNet": wavenet,
+}
