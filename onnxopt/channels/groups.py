@@ -62,7 +62,7 @@ class Sink:
 
     `free` [atoms]: may go as it is; `constant` [atoms]: may go once `compensate` has put
     `values` [atoms] into the node. Where `needs_carrier`, that takes one constant
-    channel, not zero, that stays.
+    channel, not zero, that stays: one for each of `blocks` equal runs of atoms.
     """
 
     slot: Slot
@@ -71,6 +71,7 @@ class Sink:
     constant: Mask
     values: npt.NDArray[np.float64]
     needs_carrier = False
+    blocks = 1
 
     def prefers_map(self, removed: Mask) -> bool:
         """Whether it would rather do without a carrier, if `removed` [atoms] go."""
@@ -236,16 +237,31 @@ class Groups:
             if -rank <= axis < rank:
                 self.slot(node, "out", 0, (axis % rank,))
                 self._spread()
+        has_asked_readers = False
         while self._deferred:
             waiting, self._deferred = self._deferred, []
             known = len(self.slots)
             for slot, node, side, index in waiting:
                 self._link(slot, node, side, index)
                 self._spread()
-            if self._deferred and len(self.slots) == known:  # none knows more: one has to
-                self._is_last_call = True
-                self._link(*self._deferred.pop(0))
-                self._is_last_call = False
+            if not self._deferred or len(self.slots) > known:
+                continue
+            if not has_asked_readers:
+                has_asked_readers = True
+                self._ask_readers()
+                continue
+            self._is_last_call = True  # none knows more: one has to
+            self._link(*self._deferred.pop(0))
+            self._is_last_call = False
+            self._spread()
+
+    def _ask_readers(self) -> None:
+        """Let operators say which axis of what they read holds the channels."""
+        for node in self.graph.nodes():
+            axis = self.analysis.rule(node).data_axis
+            rank = self.analysis.rank(node.input[0]) if axis is not None else None
+            if axis is not None and rank and -rank <= axis < rank:
+                self.slot(node, "in", 0, (axis % rank,))
                 self._spread()
 
     def _spread(self) -> None:

@@ -6,18 +6,24 @@
 from __future__ import annotations
 
 from tests.zoo.attention_gates import cbam, se_resnet
+from tests.zoo.bert import bert
 from tests.zoo.convnext import convnext
+from tests.zoo.crnn import crnn
 from tests.zoo.densenet import densenet
 from tests.zoo.efficientnet import efficientnet
 from tests.zoo.gan import gan
+from tests.zoo.gpt2 import gpt2
 from tests.zoo.inception import googlenet, inception_v3
+from tests.zoo.llama import llama
 from tests.zoo.mobilenet import mobilenet_v1, mobilenet_v2, mobilenet_v3
 from tests.zoo.regnet import regnet
 from tests.zoo.resnet import resnet_basic, resnet_bottleneck, resnet_preact, resnext
 from tests.zoo.shufflenet import shufflenet_v2
+from tests.zoo.swin import swin
 from tests.zoo.toolkit import Builder
 from tests.zoo.unet import unet_resized, unet_transposed
 from tests.zoo.vgg import vgg, vgg_bn
+from tests.zoo.vit import vit
 from tests.zoo.wavenet import wavenet
 from tests.zoo.yolo import yolo
 
@@ -45,4 +51,10 @@ ZOO: dict[str, Builder] = {
     "CBAM": cbam,
     "GAN": gan,
     "WaveNet": wavenet,
+    "CRNN": crnn,
+    "ViT": vit,
+    "Swin": swin,
+    "BERT": bert,
+    "GPT-2": gpt2,
+    "Llama": llama,
 }

@@ -3,8 +3,8 @@
     zero        the weights and biases of a channel's makers are zero, and so is what
                 norms (of trained weights) have seen of it: mean and shift
     norm        the scale and shift of its norms are zero, its weights are as they were
-    constant    its makers have zero weights (or their norms a scale of zero) and a bias
-                or shift of more than zero
+    constant    its makers have zero weights (some of their norms a scale of zero, too) and
+                a bias or shift of more than zero, so that a Relu keeps it
 
 A group mask draws channels with all that goes with them, of each layer the same share; a
 layer mask draws of each layer for itself, and a channel can go where all that make it
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from tests.zoo.toolkit import Array, Ints, Maker, Net, Norm
+from tests.zoo.toolkit import Array, Ints, Net, Norm
 
 Kind = Literal["zero", "norm", "constant"]
 KINDS: tuple[Kind, ...] = ("zero", "norm", "constant")
@@ -147,48 +147,23 @@ def _written(
 ) -> ModelProto:
     kept = net.weights
     net.weights = {name: array.copy() for name, array in kept.items()}
-    writer = {"zero": _zero, "norm": _norm, "constant": _constant}[kind]
+    values = random.uniform(0.2, 1.0, len(masked))[net.union.roots()]
     for maker in net.makers:
         dead = np.flatnonzero(masked[maker.ids])
-        writer(net.weights, maker, dead, random)
+        if maker.gate and kind != "constant":  # of some: it multiplies zeros
+            dead = dead[random.random(len(dead)) < 0.5]
+        if kind == "norm" and maker.normed:
+            continue
+        np.moveaxis(net.weights[maker.weight], maker.axis, 0)[dead] = 0
+        if maker.bias:
+            shift = values[maker.ids[dead]] if kind == "constant" else 0
+            net.weights[maker.bias][dead] = shift
     for norm in net.norms:
         dead = np.flatnonzero(masked[norm.ids])
         _in_norm(net.weights, norm, dead, kind, random)
     model = net.model()
     net.weights = kept
     return model
-
-
-def _silence(weights: dict[str, Array], maker: Maker, dead: Ints) -> None:
-    np.moveaxis(weights[maker.weight], maker.axis, 0)[dead] = 0
-    if maker.bias:
-        weights[maker.bias][dead] = 0
-
-
-def _zero(
-    weights: dict[str, Array], maker: Maker, dead: Ints, random: np.random.Generator
-) -> None:
-    """Of a gate only some: it multiplies zeros."""
-    if maker.gate:
-        dead = dead[random.random(len(dead)) < 0.5]
-    _silence(weights, maker, dead)
-
-
-def _norm(
-    weights: dict[str, Array], maker: Maker, dead: Ints, random: np.random.Generator
-) -> None:
-    """Where no norm follows, as in `zero`."""
-    if not maker.normed:
-        _zero(weights, maker, dead, random)
-
-
-def _constant(
-    weights: dict[str, Array], maker: Maker, dead: Ints, random: np.random.Generator
-) -> None:
-    """Positive, so that a Relu keeps it."""
-    _silence(weights, maker, dead)
-    if maker.bias:
-        weights[maker.bias][dead] = random.uniform(0.2, 1.0, len(dead))
 
 
 def _in_norm(

@@ -216,6 +216,10 @@ class Net:
         self.makers.append(maker)
         self.values.append(maker.ids)
 
+    def make_layer(self, weight: str, axis: int, ids: Ints, bias: str) -> None:
+        """The same by what a Maker holds."""
+        self.make(Maker(weight, axis, ids, bias))
+
     # ---- layers ----
 
     def conv(

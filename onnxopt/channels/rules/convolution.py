@@ -27,6 +27,7 @@ class Conv(Layer):
     """Weight [out, in / group, ...]; data and result have channels on axis 1."""
 
     layer_axis = 1
+    data_axis = 1
 
     def geometry(self, a: Analysis, node: NodeProto) -> Geometry | None:
         """See Layer."""
@@ -168,6 +169,7 @@ class ConvTranspose(Layer):
     """Weight [in, out / group, ...]; a constant input is not constant after it."""
 
     layer_axis = 1
+    data_axis = 1
 
     def geometry(self, a: Analysis, node: NodeProto) -> Geometry | None:
         """See Layer."""

@@ -27,6 +27,7 @@ class BatchNormalization(Rule):
     """y = gamma * (x - mean) / sqrt(var + epsilon) + beta."""
 
     drops_inputs = True
+    data_axis = 1
 
     def forward(self, a: Analysis, node: NodeProto) -> Sequence[Fact | None]:
         """A scale of zero leaves the shift, whatever comes in."""

@@ -20,10 +20,13 @@ class Rule:
 
     `drops_inputs`: whether it may leave something of an input unread although all of
     its output is needed. `layer_axis`: the axis of its output that it makes channels on.
+    `data_axis`: the axis of its first input that is one of channels whatever comes
+    before, where the operator knows only one such axis.
     """
 
     drops_inputs = False
     layer_axis: int | None = None
+    data_axis: int | None = None
 
     def forward(self, a: Analysis, node: NodeProto) -> Sequence[Fact | None]:
         """What is known of each output, from what is known of the inputs."""
