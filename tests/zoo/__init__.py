@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+from onnx import ModelProto, TensorProto
+
 from tests.zoo.attention_gates import cbam, se_resnet
 from tests.zoo.bert import bert
 from tests.zoo.convnext import convnext
@@ -14,13 +17,13 @@ from tests.zoo.efficientnet import efficientnet
 from tests.zoo.gan import gan
 from tests.zoo.gpt2 import gpt2
 from tests.zoo.inception import googlenet, inception_v3
-from tests.zoo.llama import llama
+from tests.zoo.llama import llama, llama_stream
 from tests.zoo.mobilenet import mobilenet_v1, mobilenet_v2, mobilenet_v3
 from tests.zoo.regnet import regnet
 from tests.zoo.resnet import resnet_basic, resnet_bottleneck, resnet_preact, resnext
 from tests.zoo.shufflenet import shufflenet_v2
 from tests.zoo.swin import swin
-from tests.zoo.toolkit import Builder
+from tests.zoo.toolkit import Array, Builder
 from tests.zoo.unet import unet_resized, unet_transposed
 from tests.zoo.vgg import vgg, vgg_bn
 from tests.zoo.vit import vit
@@ -57,4 +60,25 @@ ZOO: dict[str, Builder] = {
     "BERT": bert,
     "GPT-2": gpt2,
     "Llama": llama,
+    "Llama, stream": llama_stream,
 }
+
+
+def feeds(model: ModelProto) -> list[dict[str, Array]]:
+    """Three: two of one shape, one of another where the model leaves sizes open."""
+    made = []
+    for number, scale in enumerate((2, 2, 1)):
+        random = np.random.default_rng(number)
+        sizes = {"N": scale, "S": 5 * scale, "T": 24 * scale}
+        feed = {}
+        for value in model.graph.input:
+            tensor = value.type.tensor_type
+            dims = [d.dim_value or sizes.get(d.dim_param, 16 * scale) for d in tensor.shape.dim]
+            if value.name == "mask":  # one place or more is seen
+                feed[value.name] = (np.indices(dims)[1] < 4).astype(np.int64)
+            elif tensor.elem_type == TensorProto.INT64:
+                feed[value.name] = random.integers(0, 40, dims)
+            else:
+                feed[value.name] = random.standard_normal(dims).astype(np.float32)
+        made.append(feed)
+    return made

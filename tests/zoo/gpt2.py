@@ -14,9 +14,8 @@ from tests.zoo.toolkit import Net, Value
 from tests.zoo.transformer import (
     By,
     attend,
-    bind,
-    bind_pairs,
     copied,
+    couple,
     embedding,
     heads_apart,
     merged,
@@ -52,11 +51,7 @@ def _causal(net: Net, x: Value) -> str:
 
 def _attention(net: Net, x: Value, by: By, mask: str) -> Value:
     q, k, v = net.split(_conv1d(net, x, 3 * WIDTH), WIDTH, WIDTH, WIDTH)
-    bind_pairs(net, q.ids, k.ids, HEADS, 1, by)
-    bind(net, v.ids, HEADS, by)
-    if by == "head":
-        net.union.unite(q.ids, v.ids)
-    net.rigid += [q.ids, k.ids]
+    couple(net, q.ids, k.ids, v.ids, HEADS, 1, by)
     shape, size = copied(net), WIDTH // HEADS
     keys = heads_apart(net, k, HEADS, shape, 0, 2, 3, 1)
     queries, values = (heads_apart(net, each, HEADS, shape) for each in (q, v))

@@ -1,8 +1,9 @@
 """Llama: RMSNorm, rotary embedding, grouped queries, a gated feed-forward.
 
-A RMSNorm divides by a mean over all channels: were one that is zero taken out, the mean
-would have to be made up for. The oracle counts the stream as staying. RoPE pairs dim i
-with dim i + size / 2 of every head, so these go together.
+A RMSNorm divides by the root of a mean over all channels. Of K left of C, where the rest
+is zero, that is made up for by gamma sqrt(C / K) and epsilon C / K; a constant other than
+zero is part of the mean, and stays. RoPE pairs dim i with dim i + size / 2 of every head,
+so these go together.
 
 Sources: Touvron et al., https://arxiv.org/abs/2302.13971; Su et al.,
 https://arxiv.org/abs/2104.09864
@@ -19,9 +20,8 @@ from tests.zoo.toolkit import Ints, Net, Value
 from tests.zoo.transformer import (
     By,
     attend,
-    bind,
-    bind_pairs,
     copied,
+    couple,
     embedding,
     merged,
     picked,
@@ -33,7 +33,7 @@ HEADS, SHARED, SIZE = 4, 2, 6
 
 def _norm(net: Net, x: Value) -> Value:
     """x * rsqrt(mean(x^2) + eps) * gamma."""
-    net.freeze(x)
+    net.rigid.append(x.ids)
     square = net.on(x, "Pow", net.scalar(2.0)).name
     mean = net.node("ReduceMean", [square], axes=[-1], keepdims=1)
     root = net.node("Sqrt", [net.node("Add", [mean, net.scalar(1e-6)])])
@@ -42,7 +42,7 @@ def _norm(net: Net, x: Value) -> Value:
     return replace(made, name=net.node("Mul", [gamma, made.name]))
 
 
-def _angles(net: Net, pairs: Ints, ids: str) -> tuple[str, str]:
+def _angles(net: Net, ids: str) -> tuple[str, str]:
     """cos and sin for every place and dim: [1, 1, S, size]."""
     rate = 100.0 ** (-np.arange(SIZE // 2) * 2 / SIZE)
     angle = np.concatenate([np.outer(np.arange(LENGTH), rate)] * 2, axis=1)
@@ -87,16 +87,13 @@ def _attention(
     net: Net, x: Value, by: By, mask: str, angles: tuple[str, str], ids: str
 ) -> Value:
     groups = HEADS // SHARED
-    q = net.linear(x, HEADS * SIZE, bias=False)
-    k, v = (net.linear(x, groups * SIZE, bias=False) for _ in range(2))
-    bind_pairs(net, q.ids, k.ids, HEADS, SHARED, by)
-    bind(net, v.ids, groups, by)
-    if by == "head":  # a key head with the query heads that share it
-        net.union.unite(k.ids, v.ids)
-    else:
+    q = net.linear(x, HEADS * SIZE, bias=False, gate=by == "head")
+    k = net.linear(x, groups * SIZE, bias=False, gate=True)
+    v = net.linear(x, groups * SIZE, bias=False)
+    couple(net, q.ids, k.ids, v.ids, HEADS, SHARED, by)
+    if by == "dim":
         _pair_halves(net, q.ids, HEADS)
         _pair_halves(net, k.ids, groups)
-    net.rigid += [q.ids, k.ids]
     shape = copied(net)
     parts = []
     for each, heads in ((q, HEADS), (k, groups), (v, groups)):
@@ -127,12 +124,20 @@ def _causal(net: Net, ids: str) -> str:
     return made
 
 
-def llama(seed: int) -> Net:
-    """Two blocks, two query heads for each key and value head."""
+def llama(seed: int, *, stream: bool = False) -> Net:
+    """Two blocks, two query heads for each key and value head.
+
+    Where `stream`, channels of the stream are masked as well.
+    """
     net = Net(seed)
     net.input("ids", ["N", "S"], kind=TensorProto.INT64)
-    x = picked(net, embedding(net, WORDS, WIDTH), "ids")
-    mask, angles = _causal(net, "ids"), _angles(net, x.ids, "ids")
+    table = embedding(net, WORDS, WIDTH)
+    if stream:
+        net.make_layer(table.name, 1, table.ids, "")
+    else:
+        net.freeze(table)
+    x = picked(net, table, "ids")
+    mask, angles = _causal(net, "ids"), _angles(net, "ids")
     for by in ("head", "dim"):
         made = _attention(net, _norm(net, x), by, mask, angles, "ids")
         x = net.add(x, made)
@@ -140,3 +145,8 @@ def llama(seed: int) -> Net:
     x = net.linear(_norm(net, x), WORDS, bias=False)
     net.output(x, ["N", "S", WORDS])
     return net
+
+
+def llama_stream(seed: int) -> Net:
+    """With zeros in the stream."""
+    return llama(seed, stream=True)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from tests.zoo.toolkit import Array, Ints, Net, Norm
+from tests.zoo.toolkit import Array, Ints, Maker, Net, Norm
 
 Kind = Literal["zero", "norm", "constant"]
 KINDS: tuple[Kind, ...] = ("zero", "norm", "constant")
@@ -155,6 +155,7 @@ def _written(
         if kind == "norm" and maker.normed:
             continue
         np.moveaxis(net.weights[maker.weight], maker.axis, 0)[dead] = 0
+        net.weights[maker.weight] *= _louder(net, maker, masked)
         if maker.bias:
             shift = values[maker.ids[dead]] if kind == "constant" else 0
             net.weights[maker.bias][dead] = shift
@@ -164,6 +165,14 @@ def _written(
     model = net.model()
     net.weights = kept
     return model
+
+
+def _louder(net: Net, maker: Maker, masked: Mask) -> float:
+    """Makes up for the inputs that are masked, so that the network does not fall silent."""
+    for part in net.parts:
+        if part.weight == maker.weight and part.axis != maker.axis:
+            return float(1 / np.sqrt(np.mean(~masked[part.ids])))
+    return 1.0
 
 
 def _in_norm(

@@ -13,8 +13,7 @@ from tests.zoo.toolkit import Net, Value
 from tests.zoo.transformer import (
     By,
     attend,
-    bind,
-    bind_pairs,
+    couple,
     feed_forward,
 )
 
@@ -53,10 +52,8 @@ def _window_attention(net: Net, x: Value, heads: int, by: By) -> Value:
     tokens, size = WINDOW * WINDOW, x.width // heads
     both = net.linear(x, 3 * x.width)
     q, k, v = np.split(both.ids, 3)
-    bind_pairs(net, q, k, heads, 1, by)
-    bind(net, v, heads, by)
+    couple(net, q, k, v, heads, 1, by)
     net.union.unite(q, v)  # [3, heads, size] is cut as one
-    net.rigid += [q, k]
     made = net.reshape(both, -1, tokens, 3, heads, size).name
     made = net.node("Transpose", [made], perm=[2, 0, 3, 1, 4])
     parts = [

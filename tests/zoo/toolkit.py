@@ -208,8 +208,8 @@ class Net:
         return name
 
     def normal(self, *dims: int, fan: int = 1) -> Array:
-        """Random values, so that a sum over `fan` of them stays of its size."""
-        return self.random.standard_normal(dims) / np.sqrt(fan)
+        """Random values, so that a sum over `fan` Relus of its size stays so."""
+        return self.random.standard_normal(dims) * np.sqrt(2 / (fan + 1))
 
     def make(self, maker: Maker) -> None:
         """Note a layer, and a value that keeps at least one channel."""
@@ -337,7 +337,9 @@ class Net:
         self.make(Maker(weight, 0, ids, bias, gate=gate))
         return Value(self.node("Gemm", [given.name, weight, bias], transB=1), ids)
 
-    def linear(self, given: Value, out: int, *, bias: bool = True) -> Value:
+    def linear(
+        self, given: Value, out: int, *, bias: bool = True, gate: bool = False
+    ) -> Value:
         """torch's Linear on more than a matrix: MatMul and Add, channels at the end."""
         ids = self.union.new(out)
         array = self.normal(given.width, out, fan=given.width)
@@ -347,7 +349,7 @@ class Net:
         if bias:
             name = self.weight(self.normal(out, fan=10), {0: ids}, "bias")
             made = self.node("Add", [name, made])
-        self.make(Maker(weight, 1, ids, name))
+        self.make(Maker(weight, 1, ids, name, gate=gate))
         return Value(made, ids, given.axis)
 
     def layer_norm(self, given: Value) -> Value:

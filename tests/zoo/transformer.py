@@ -1,11 +1,11 @@
 """Attention as exporters write it, for all transformers of the zoo.
 
-A head goes as a whole where its values (or what reads them) are zero; a dimension of
-queries and keys, or of values, goes from every head alike. Which of the two a network is
-masked by is drawn layer by layer.
+A head goes as a whole where its values are zero or constant; a dimension of values, or of
+queries and keys where either is zero, goes from every head alike. A block is masked by
+one or the other.
 
 The stream between blocks is read by norms over all of its channels: it stays, and so do
-constants other than zero among queries and keys (the softmax of their products is no sum).
+constants other than zero among dims of queries and keys, which are in every score.
 """
 
 from __future__ import annotations
@@ -70,13 +70,24 @@ def bind(net: Net, ids: Ints, heads: int, by: By) -> Ints:
     return ids
 
 
-def bind_pairs(net: Net, q: Ints, k: Ints, heads: int, shared: int, by: By) -> None:
-    """Queries and keys go together; `shared`: queries for each key and value head."""
+def couple(
+    net: Net, q: Ints, k: Ints, v: Ints, heads: int, shared: int, by: By
+) -> None:
+    """What goes together; `shared`: so many heads of queries for each of the others.
+
+    By heads, queries and keys go with the values, whatever they are: the weights of a
+    head sum to one, so that constant values leave a constant. By dims they are apart.
+    """
     size = len(q) // heads
     wide = np.repeat(k.reshape(-1, 1, size), shared, axis=1).reshape(-1)
     bind(net, q, heads, by)
     bind(net, k, heads // shared, by)
+    bind(net, v, heads // shared, by)
     net.union.unite(q, wide)
+    if by == "head":
+        net.union.unite(k, v)
+    else:
+        net.rigid += [q, k]
 
 
 def heads_apart(net: Net, x: Value, heads: int, shape: Shape, *order: int) -> str:
@@ -103,16 +114,14 @@ def attention(
     net: Net, x: Value, heads: int, size: int, shape: Shape, by: By, mask: str = ""
 ) -> Value:
     """Self-attention with three projections and one back; biases everywhere."""
-    q, k, v = (net.linear(x, heads * size) for _ in range(3))
-    bind_pairs(net, q.ids, k.ids, heads, 1, by)
-    bind(net, v.ids, heads, by)
-    if by == "head":  # whole heads: queries and keys go with the values
-        net.union.unite(q.ids, v.ids)
-    net.rigid += [q.ids, k.ids]
+    q = net.linear(x, heads * size, gate=by == "head")
+    k = net.linear(x, heads * size, gate=True)
+    v = net.linear(x, heads * size)
+    couple(net, q.ids, k.ids, v.ids, heads, 1, by)
     keys = heads_apart(net, k, heads, shape, 0, 2, 3, 1)
     queries, values = (heads_apart(net, each, heads, shape) for each in (q, v))
-    made = net.node("Transpose", [attend(net, queries, keys, values, size, mask)],
-                    perm=[0, 2, 1, 3])
+    made = attend(net, queries, keys, values, size, mask)
+    made = net.node("Transpose", [made], perm=[0, 2, 1, 3])
     made = net.node("Reshape", [made, merged(net, x, heads, size, shape)])
     return net.linear(Value(made, v.ids, 2), x.width)
 

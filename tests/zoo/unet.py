@@ -41,5 +41,5 @@ def unet_transposed(seed: int) -> Net:
 def unet_resized(seed: int) -> Net:
     """Up by Resize and a convolution; the size of the image is open."""
     return _net(
-        seed, lambda net, x, width: net.cbr(net.resize(x, 2, "linear"), width), "S"
+        seed, lambda net, x, width: net.cbr(net.resize(x, 2, "linear"), width), "H"
     )
