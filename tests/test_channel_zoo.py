@@ -21,6 +21,7 @@ from onnxopt.passes import PIPELINES
 from tests import support
 from tests.zoo import ZOO, feeds, masks
 from tests.zoo.masks import Kind, Masked
+from tests.zoo.quantized import quantize
 
 WAITING: dict[str, str] = {
     "CRNN": "LSTM: units that are zero",
@@ -37,6 +38,18 @@ PIPELINE = ",".join(PIPELINES["shrink"])
 ENOUGH = 0.95
 """Of the constants that can go; of zeros, all."""
 SHARES = (0.3, 0.5, 0.7)
+
+QUANTIZED = (
+    "DenseNet",
+    "MobileNet v2",
+    "ResNeXt",
+    "ResNet basic",
+    "ShuffleNet v2",
+    "U-Net Resize",
+    "VGG",
+    "WaveNet",
+)
+WAITING |= {f"{name}, QLinear": "QLinearConv and its kin" for name in QUANTIZED}
 
 Check = Callable[[str, Masked, float], None]
 
@@ -111,6 +124,28 @@ def test_masks_of_each_layer_for_itself(name: str, check: Check) -> None:
 def test_other_masks_of_each_layer(name: str, check: Check) -> None:
     for share, seed in itertools.product(SHARES, range(1, 4)):
         check(name, masks.by_layer(ZOO[name](seed), share, seed), 1.0)
+
+
+def quantized(name: str, kind: Kind, **options: bool) -> Masked:
+    given = by_group(name, kind, 0.5, 0)
+    return quantize(given, feeds(given.model), **options)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_networks(name: str, check: Check) -> None:
+    check(name, quantized(name, "zero", per_channel=True), 1.0)
+    check(f"{name}, QLinear", quantized(name, "zero", operators=True), 1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_other_quantized_networks(name: str, check: Check) -> None:
+    """Of constants, what is said is that nothing changes: integers carry no fractions."""
+    for per_channel in (False, True):
+        kind: Kind
+        for kind, enough in (("norm", 1.0), ("constant", 0.0)):
+            if kind in kinds(name):
+                check(name, quantized(name, kind, per_channel=per_channel), enough)
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)

@@ -122,7 +122,7 @@ def _held(sink: Sink) -> Callable[[Mask], Ints]:
 
 
 def _to_carry(sink: Sink, removed: Mask) -> Iterator[Mask]:
-    """The constants that a block of `sink` would lose, if none that it keeps can carry."""
+    """What a block of `sink` would lose of constants, if none that it keeps carries."""
     gone = sink.slot.of(removed)
     carries = sink.constant & (sink.values != 0)
     wanted = carries & gone & ~sink.free

@@ -73,7 +73,10 @@ def feeds(model: ModelProto) -> list[dict[str, Array]]:
         feed = {}
         for value in model.graph.input:
             tensor = value.type.tensor_type
-            dims = [d.dim_value or sizes.get(d.dim_param, 16 * scale) for d in tensor.shape.dim]
+            dims = [
+                d.dim_value or sizes.get(d.dim_param, 16 * scale)
+                for d in tensor.shape.dim
+            ]
             if value.name == "mask":  # one place or more is seen
                 feed[value.name] = (np.indices(dims)[1] < 4).astype(np.int64)
             elif tensor.elem_type == TensorProto.INT64:

@@ -12,13 +12,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from tests.zoo.toolkit import Net, Value
+from tests.zoo.toolkit import Maker, Net, Part, Value
 
 SIZE = 12
 
 
 def _lstm(net: Net, x: Value) -> Value:
-    """[T, N, C] to [T, N, 2 * SIZE]; unit i of one direction goes with that of the other."""
+    """[T, N, C] to [T, N, 2 * SIZE]; unit i goes in both directions or in none."""
     ids = net.union.new(2 * SIZE)
     net.union.unite(ids[:SIZE], ids[SIZE:])
     one, gates = ids[:SIZE], np.tile(ids[:SIZE], 4)
@@ -26,9 +26,8 @@ def _lstm(net: Net, x: Value) -> Value:
     w = net.weight(net.normal(2, 4 * SIZE, x.width, fan=fan), {1: gates, 2: x.ids})
     r = net.weight(net.normal(2, 4 * SIZE, SIZE, fan=fan), {1: gates, 2: one})
     b = net.weight(net.normal(2, 8 * SIZE, fan=10), {1: np.tile(one, 8)}, "bias")
-    for name in (w, r):
-        net.make_layer(name, 1, gates, "")
-    net.make_layer(b, 1, np.tile(one, 8), "")
+    also = Part(r, 1, gates), Part(b, 1, np.tile(one, 8))
+    net.make(Maker(w, 1, gates, also=also))
     net.rigid.append(ids)
     made = net.node(
         "LSTM", [x.name, w, r, b], direction="bidirectional", hidden_size=SIZE

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 from onnx import TensorProto
 
-from tests.zoo.toolkit import Net, Value
+from tests.zoo.toolkit import Maker, Net, Value
 from tests.zoo.transformer import (
     By,
     attend,
@@ -32,7 +32,7 @@ def _conv1d(net: Net, x: Value, out: int) -> Value:
     array = net.normal(x.width, out, fan=x.width)
     weight = net.weight(array, {0: x.ids, 1: ids})
     bias = net.weight(net.normal(out, fan=10), {0: ids}, "bias")
-    net.make_layer(weight, 1, ids, bias)
+    net.make(Maker(weight, 1, ids, bias))
     made = net.node("Gemm", [flat, weight, bias])
     dims = net.node("Slice", [net.node("Shape", [x.name]), net.ints(0), net.ints(2)])
     dims = net.node("Concat", [dims, net.ints(out)], axis=0)

@@ -60,9 +60,7 @@ def _block_e(net: Net, x: Value) -> Value:
     """Branches that part again."""
     one = net.cbr(x, 8, 1)
     two = net.cbr(x, 12, 1)
-    two = net.concat(
-        net.cbr(two, 8, 3, flat="wide"), net.cbr(two, 8, 3, flat="tall")
-    )
+    two = net.concat(net.cbr(two, 8, 3, flat="wide"), net.cbr(two, 8, 3, flat="tall"))
     return net.concat(one, two, net.cbr(net.mean_pool(x, 3, 1, 1), 8, 1))
 
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 from onnx import TensorProto
 
-from tests.zoo.toolkit import Ints, Net, Value
+from tests.zoo.toolkit import Ints, Maker, Net, Value
 from tests.zoo.transformer import (
     By,
     attend,
@@ -65,7 +65,7 @@ def _rotate(net: Net, x: str, angles: tuple[str, str]) -> str:
 
 
 def _repeat(net: Net, x: str, shape_of: str) -> str:
-    """repeat_kv: [N, kv, S, size] to [N, heads, S, size] by Unsqueeze, Expand, Reshape."""
+    """repeat_kv: [N, kv, S, size] to [N, heads, S, size], by way of an Expand."""
     made = net.node("Unsqueeze", [x, net.ints(2)])
     dims = net.node("Shape", [shape_of])
     batch = net.node("Slice", [dims, net.ints(0), net.ints(1)])
@@ -133,7 +133,7 @@ def llama(seed: int, *, stream: bool = False) -> Net:
     net.input("ids", ["N", "S"], kind=TensorProto.INT64)
     table = embedding(net, WORDS, WIDTH)
     if stream:
-        net.make_layer(table.name, 1, table.ids, "")
+        net.make(Maker(table.name, 1, table.ids))
     else:
         net.freeze(table)
     x = picked(net, table, "ids")

@@ -3,8 +3,8 @@
     zero        the weights and biases of a channel's makers are zero, and so is what
                 norms (of trained weights) have seen of it: mean and shift
     norm        the scale and shift of its norms are zero, its weights are as they were
-    constant    its makers have zero weights (some of their norms a scale of zero, too) and
-                a bias or shift of more than zero, so that a Relu keeps it
+    constant    its makers have zero weights (some of their norms a scale of zero, too)
+                and a bias or shift of more than zero, so that a Relu keeps it
 
 A group mask draws channels with all that goes with them, of each layer the same share; a
 layer mask draws of each layer for itself, and a channel can go where all that make it
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from tests.zoo.toolkit import Array, Ints, Maker, Net, Norm
+from tests.zoo.toolkit import Array, Ints, Maker, Net, Norm, Part
 
 Kind = Literal["zero", "norm", "constant"]
 KINDS: tuple[Kind, ...] = ("zero", "norm", "constant")
@@ -67,8 +67,8 @@ class Masked:
         """The axes that are longer than they have to be, as a message."""
         dims = {tensor.name: list(tensor.dims) for tensor in made.graph.initializer}
         return [
-            f"{each.weight}[{each.axis}]: {each.before} -> {dims[each.weight][each.axis]}, "
-            f"not {each.after}"
+            f"{each.weight} axis {each.axis}: {each.before} -> "
+            f"{dims[each.weight][each.axis]}, not {each.after}"
             for each in self.expected
             if each.weight in dims and dims[each.weight][each.axis] > each.after
         ]
@@ -154,7 +154,9 @@ def _written(
             dead = dead[random.random(len(dead)) < 0.5]
         if kind == "norm" and maker.normed:
             continue
-        np.moveaxis(net.weights[maker.weight], maker.axis, 0)[dead] = 0
+        for part in (Part(maker.weight, maker.axis, maker.ids), *maker.also):
+            gone = np.isin(part.ids, maker.ids[dead])
+            np.moveaxis(net.weights[part.weight], part.axis, 0)[gone] = 0
         net.weights[maker.weight] *= _louder(net, maker, masked)
         if maker.bias:
             shift = values[maker.ids[dead]] if kind == "constant" else 0
@@ -168,7 +170,7 @@ def _written(
 
 
 def _louder(net: Net, maker: Maker, masked: Mask) -> float:
-    """Makes up for the inputs that are masked, so that the network does not fall silent."""
+    """Makes up for inputs that are masked, so that the network does not fall silent."""
     for part in net.parts:
         if part.weight == maker.weight and part.axis != maker.axis:
             return float(1 / np.sqrt(np.mean(~masked[part.ids])))

@@ -68,9 +68,7 @@ def mobilenet_v3(seed: int) -> Net:
         (16, 2, 3, "HardSwish", "HardSigmoid"),
     )
     for width, stride, kernel, act, gate in plan:
-        x = inverted_residual(
-            net, x, width, stride, kernel=kernel, act=act, gate=gate
-        )
+        x = inverted_residual(net, x, width, stride, kernel=kernel, act=act, gate=gate)
     x = net.cbr(x, 32, 1, act="HardSwish")
     x = net.act(net.gemm(net.flatten(net.global_pool(x)), 24), "HardSwish")
     net.output(net.gemm(x, 10), ["N", 10])

@@ -46,11 +46,20 @@ class Value:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Channel `ids` along one axis of a weight."""
+
+    weight: str
+    axis: int
+    ids: Ints
+
+
+@dataclass(frozen=True)
 class Maker:
     """A weight whose `axis` makes channels `ids`; `normed`: only norms read them.
 
     A `gate` multiplies channels that others make: where those are zero, it may be
-    anything.
+    anything. `also` are further constants with a part in each channel.
     """
 
     weight: str
@@ -59,6 +68,7 @@ class Maker:
     bias: str = ""
     normed: bool = False
     gate: bool = False
+    also: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,15 +76,6 @@ class Norm:
     """A BatchNormalization: the names of its scale, shift, mean and variance."""
 
     names: tuple[str, str, str, str]
-    ids: Ints
-
-
-@dataclass(frozen=True)
-class Part:
-    """Channel `ids` along one axis of a weight."""
-
-    weight: str
-    axis: int
     ids: Ints
 
 
@@ -215,10 +216,6 @@ class Net:
         """Note a layer, and a value that keeps at least one channel."""
         self.makers.append(maker)
         self.values.append(maker.ids)
-
-    def make_layer(self, weight: str, axis: int, ids: Ints, bias: str) -> None:
-        """The same by what a Maker holds."""
-        self.make(Maker(weight, axis, ids, bias))
 
     # ---- layers ----
 

@@ -70,9 +70,7 @@ def bind(net: Net, ids: Ints, heads: int, by: By) -> Ints:
     return ids
 
 
-def couple(
-    net: Net, q: Ints, k: Ints, v: Ints, heads: int, shared: int, by: By
-) -> None:
+def couple(net: Net, q: Ints, k: Ints, v: Ints, heads: int, shared: int, by: By) -> None:
     """What goes together; `shared`: so many heads of queries for each of the others.
 
     By heads, queries and keys go with the values, whatever they are: the weights of a
