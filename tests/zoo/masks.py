@@ -173,7 +173,7 @@ def _louder(net: Net, maker: Maker, masked: Mask) -> float:
     """Makes up for inputs that are masked, so that the network does not fall silent."""
     for part in net.parts:
         if part.weight == maker.weight and part.axis != maker.axis:
-            return float(1 / np.sqrt(np.mean(~masked[part.ids])))
+            return float(1 / np.sqrt(max(np.mean(~masked[part.ids]), 0.1)))
     return 1.0
 
 

@@ -281,7 +281,8 @@ class Net:
     ) -> Value:
         """ConvTranspose: what a constant adds differs from place to place."""
         ids = self.union.new(out)
-        array = self.normal(given.width, out, kernel, kernel, fan=given.width)
+        fan = given.width * (kernel // stride) ** 2
+        array = self.normal(given.width, out, kernel, kernel, fan=fan)
         weight = self.weight(array, {0: given.ids, 1: ids})
         bias = self.weight(self.normal(out, fan=10), {0: ids}, "bias")
         self.make(Maker(weight, 1, ids, bias))
