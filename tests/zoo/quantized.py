@@ -5,6 +5,7 @@ Weights are symmetric: what is zero has the code of zero, and so has what it mak
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
@@ -45,7 +46,7 @@ def quantize(
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "quantized.onnx"
         quantize_static(
-            given.model,
+            copy.deepcopy(given.model),  # its weights may be moved to a file
             target,
             _Reader(feeds),
             quant_format=QuantFormat.QOperator if operators else QuantFormat.QDQ,
