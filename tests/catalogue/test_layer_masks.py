@@ -25,9 +25,9 @@ from onnxruntime.quantization import (
 from support import final
 
 import onnxopt
-from catalogue import mask_oracle
+from catalogue import mask_oracle, test_masks
 from catalogue.mask_oracle import LAYERS, Feed, constants
-from catalogue.test_masks import SHAPES, assert_close, feeds
+from catalogue.test_masks import assert_close
 from models.fetch import fetch
 from onnxopt import cost
 from onnxopt.evaluate import Evaluator
@@ -39,12 +39,23 @@ from onnxopt.recipe import load_recipe
 pytestmark = pytest.mark.catalogue
 
 SHARE = 0.5
+SHAPES = test_masks.SHAPES | {"ppocr-rec": ("x", [2, 3, 48, 96], [1, 3, 48, 160])}
 
 
 @pytest.fixture(scope="module", name="context")
 def _context() -> Iterator[Context]:
     with Evaluator() as evaluator:
         yield Context(evaluator=evaluator)
+
+
+def feeds(name: str) -> list[Feed]:
+    """Two of one shape and one of another."""
+    given, first, second = SHAPES[name]
+    random = np.random.default_rng(0)
+    return [
+        {given: random.standard_normal(shape).astype(np.float32)}
+        for shape in (first, first, second)
+    ]
 
 
 @functools.lru_cache(maxsize=1)

@@ -30,7 +30,6 @@ SHAPES = {
     "opennsfw": ("input:0", [2, 224, 224, 3], [1, 224, 224, 3]),
     "ppocr-cls": ("x", [2, 3, 48, 128], [1, 3, 48, 192]),
     "ppocr-det": ("x", [2, 3, 64, 96], [1, 3, 160, 128]),
-    "ppocr-rec": ("x", [2, 3, 48, 96], [1, 3, 48, 160]),
     "yolov8n-320": ("images", [2, 3, 64, 96], [1, 3, 160, 128]),
 }
 """The input of each model, and two shapes that it takes."""
