@@ -126,6 +126,19 @@ def test_other_masks_of_each_layer(name: str, check: Check) -> None:
         check(name, masks.by_layer(ZOO[name](seed), share, seed), 1.0)
 
 
+@pytest.mark.parametrize("name", ZOO)
+def test_masks_by_chance(name: str, check: Check) -> None:
+    """Constants that meet zeros and live channels, at borders and in sums."""
+    check(name, masks.by_chance(ZOO[name](0), 0.4, 0), 1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO)
+def test_other_masks_by_chance(name: str, check: Check) -> None:
+    for share, seed in itertools.product((0.2, 0.5, 0.8), range(1, 6)):
+        check(name, masks.by_chance(ZOO[name](seed), share, seed), 1.0)
+
+
 def quantized(name: str, kind: Kind, **options: bool) -> Masked:
     given = by_group(name, kind, 0.5, 0)
     return quantize(given, feeds(given.model), **options)

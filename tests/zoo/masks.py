@@ -111,6 +111,29 @@ def by_layer(net: Net, share: float, seed: int) -> Masked:
     return Masked(model, _expected(net, goes))
 
 
+def by_chance(net: Net, share: float, seed: int) -> Masked:
+    """Zeros, constants of either sign and silenced norms, each layer for itself.
+
+    What that allows is not worked out.
+    """
+    random = np.random.default_rng(seed)
+    kept = net.weights
+    net.weights = {name: array.copy() for name, array in kept.items()}
+    for maker in net.makers:
+        dead = np.flatnonzero(random.random(len(maker.ids)) < share)
+        np.moveaxis(net.weights[maker.weight], maker.axis, 0)[dead] = 0
+        if maker.bias:
+            values = random.choice([0.0, 0.0, 0.5, -0.5, 3.0], len(dead))
+            net.weights[maker.bias][dead] = values
+    for norm in net.norms:
+        gamma, beta, mean, _ = (net.weights[name] for name in norm.names)
+        for array, value in ((gamma, 0.0), (beta, 0.0), (mean, 0.0), (beta, 0.7)):
+            array[random.random(len(norm.ids)) < share / 2] = value
+    model = net.model()
+    net.weights = kept
+    return Masked(model, [])
+
+
 # ---- drawing ----
 
 
