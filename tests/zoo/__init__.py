@@ -17,7 +17,7 @@ from tests.zoo.efficientnet import efficientnet
 from tests.zoo.gan import gan
 from tests.zoo.gpt2 import gpt2
 from tests.zoo.inception import googlenet, inception_v3
-from tests.zoo.llama import llama, llama_stream
+from tests.zoo.llama import llama, llama_dims, llama_stream
 from tests.zoo.mobilenet import mobilenet_v1, mobilenet_v2, mobilenet_v3
 from tests.zoo.regnet import regnet
 from tests.zoo.resnet import resnet_basic, resnet_bottleneck, resnet_preact, resnext
@@ -60,6 +60,7 @@ ZOO: dict[str, Builder] = {
     "BERT": bert,
     "GPT-2": gpt2,
     "Llama": llama,
+    "Llama, dims": llama_dims,
     "Llama, stream": llama_stream,
 }
 

@@ -3,7 +3,7 @@
 A RMSNorm divides by the root of a mean over all channels. Of K left of C, where the rest
 is zero, that is made up for by gamma sqrt(C / K) and epsilon C / K; a constant other than
 zero is part of the mean, and stays. RoPE pairs dim i with dim i + size / 2 of every head,
-so these go together.
+so these go together, and from the tables of angles, which all blocks read.
 
 Sources: Touvron et al., https://arxiv.org/abs/2302.13971; Su et al.,
 https://arxiv.org/abs/2104.09864
@@ -42,14 +42,18 @@ def _norm(net: Net, x: Value) -> Value:
     return replace(made, name=net.node("Mul", [gamma, made.name]))
 
 
-def _angles(net: Net, ids: str) -> tuple[str, str]:
-    """cos and sin for every place and dim: [1, 1, S, size]."""
+def _angles(net: Net, ids: Ints) -> tuple[str, str]:
+    """cos and sin for every place and dim: [1, 1, S, size], for all blocks the same.
+
+    `ids`: dims that go from the tables, too; none where only heads go.
+    """
     rate = 100.0 ** (-np.arange(SIZE // 2) * 2 / SIZE)
     angle = np.concatenate([np.outer(np.arange(LENGTH), rate)] * 2, axis=1)
-    length = net.node("Gather", [net.node("Shape", [ids]), net.ints(1)], axis=0)
+    length = net.node("Gather", [net.node("Shape", ["ids"]), net.ints(1)], axis=0)
+    axes = {3: ids} if len(ids) else {}
     found = []
     for function, hint in ((np.cos, "cos"), (np.sin, "sin")):
-        table = net.weight(function(angle).reshape(1, 1, LENGTH, SIZE), {}, hint)
+        table = net.weight(function(angle).reshape(1, 1, LENGTH, SIZE), axes, hint)
         found.append(net.node("Slice", [table, net.ints(0), length, net.ints(2)]))
     return found[0], found[1]
 
@@ -77,30 +81,25 @@ def _repeat(net: Net, x: str, shape_of: str) -> str:
     return net.node("Reshape", [made, flat])
 
 
-def _pair_halves(net: Net, ids: Ints, heads: int) -> None:
-    """Dim i and dim i + size / 2 are rotated into one another."""
-    grid = ids.reshape(heads, 2, SIZE // 2)
-    net.union.unite(grid[:, 0].reshape(-1), grid[:, 1].reshape(-1))
-
-
 def _attention(
-    net: Net, x: Value, by: By, mask: str, angles: tuple[str, str], ids: str
+    net: Net, x: Value, dims: Ints, mask: str, angles: tuple[str, str]
 ) -> Value:
+    """`dims`: those of the tables, where queries and keys lose dims; else heads go."""
+    by: By = "dim" if len(dims) else "head"
     groups = HEADS // SHARED
     q = net.linear(x, HEADS * SIZE, bias=False, gate=by == "head")
     k = net.linear(x, groups * SIZE, bias=False, gate=True)
     v = net.linear(x, groups * SIZE, bias=False)
     couple(net, q.ids, k.ids, v.ids, HEADS, SHARED, by)
     if by == "dim":
-        _pair_halves(net, q.ids, HEADS)
-        _pair_halves(net, k.ids, groups)
+        net.union.unite(k.ids[:SIZE], dims)
     shape = copied(net)
     parts = []
     for each, heads in ((q, HEADS), (k, groups), (v, groups)):
         made = net.node("Reshape", [each.name, shape(each, heads, SIZE)])
         parts.append(net.node("Transpose", [made], perm=[0, 2, 1, 3]))
     queries, keys = (_rotate(net, part, angles) for part in parts[:2])
-    keys, values = (_repeat(net, part, ids) for part in (keys, parts[2]))
+    keys, values = (_repeat(net, part, "ids") for part in (keys, parts[2]))
     keys = net.node("Transpose", [keys], perm=[0, 1, 3, 2])
     made = attend(net, queries, keys, values, SIZE, mask)
     made = net.node("Transpose", [made], perm=[0, 2, 1, 3])
@@ -124,7 +123,7 @@ def _causal(net: Net, ids: str) -> str:
     return made
 
 
-def llama(seed: int, *, stream: bool = False) -> Net:
+def llama(seed: int, *, by: By = "head", stream: bool = False) -> Net:
     """Two blocks, two query heads for each key and value head.
 
     Where `stream`, channels of the stream are masked as well.
@@ -137,14 +136,21 @@ def llama(seed: int, *, stream: bool = False) -> Net:
     else:
         net.freeze(table)
     x = picked(net, table, "ids")
-    mask, angles = _causal(net, "ids"), _angles(net, "ids")
-    for by in ("head", "dim"):
-        made = _attention(net, _norm(net, x), by, mask, angles, "ids")
-        x = net.add(x, made)
+    dims = net.union.new(SIZE if by == "dim" else 0)
+    if by == "dim":  # dim i and dim i + size / 2 are rotated into one another
+        net.union.unite(*np.split(dims, 2))
+    mask, angles = _causal(net, "ids"), _angles(net, dims)
+    for _ in range(2):
+        x = net.add(x, _attention(net, _norm(net, x), dims, mask, angles))
         x = net.add(x, _feed_forward(net, _norm(net, x)))
     x = net.linear(_norm(net, x), WORDS, bias=False)
     net.output(x, ["N", "S", WORDS])
     return net
+
+
+def llama_dims(seed: int) -> Net:
+    """Dims go from the heads: of all blocks the same, as they share the tables."""
+    return llama(seed, by="dim")
 
 
 def llama_stream(seed: int) -> Net:
