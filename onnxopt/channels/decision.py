@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -85,13 +85,15 @@ class Decision:
     # ---- one constant channel stays where there is padding ----
 
     def _carriers(self, removed: Mask) -> Ints:
-        """An atom for each sink that would lose constants and has none left to carry."""
+        """An atom for each sink that would lose constants and has none left to carry.
+
+        One for each of its blocks that would.
+        """
         wanting = [
             (sink, eligible)
             for sink in self.groups.sinks
-            if sink.needs_carrier
-            for eligible in [_to_carry(sink, removed)]
-            if eligible.any() and not sink.prefers_map(sink.slot.of(removed))
+            if sink.needs_carrier and not sink.prefers_map(sink.slot.of(removed))
+            for eligible in _to_carry(sink, removed)
         ]
         score = np.zeros(len(self._labels), np.int64)
         for sink, eligible in wanting:
@@ -127,13 +129,15 @@ def _held(sink: Sink) -> Callable[[Mask], Ints]:
     return lambda removed: sink.to_hold(sink.slot.of(removed))
 
 
-def _to_carry(sink: Sink, removed: Mask) -> Mask:
-    """The constants that `sink` would lose, if none that it keeps can carry them."""
+def _to_carry(sink: Sink, removed: Mask) -> Iterator[Mask]:
+    """What a block of `sink` would lose of constants, if none that it keeps carries."""
     gone = sink.slot.of(removed)
     carries = sink.constant & (sink.values != 0)
-    if (carries & ~gone).any():
-        return np.zeros(len(gone), bool)
-    return np.asarray(carries & gone & ~sink.free)
+    wanted = carries & gone & ~sink.free
+    kept = (carries & ~gone).reshape(sink.blocks, -1).any(axis=1)
+    block = np.repeat(np.arange(sink.blocks), len(gone) // sink.blocks)
+    for place in np.unique(block[wanted & ~kept[block]]):
+        yield np.asarray(wanted & (block == place))
 
 
 def vanishes(groups: Groups, slot: Slot, seen: set[str]) -> bool:

@@ -84,7 +84,7 @@ class Sink:
 
     `free` [atoms]: may go as it is; `constant` [atoms]: may go once `compensate` has put
     `values` [atoms] into the node. Where `needs_carrier`, that takes one constant
-    channel, not zero, that stays.
+    channel, not zero, that stays: one for each of `blocks` equal runs of atoms.
     """
 
     slot: Slot
@@ -93,6 +93,7 @@ class Sink:
     constant: Mask
     values: npt.NDArray[np.float64]
     needs_carrier = False
+    blocks = 1
 
     def prefers_map(self, removed: Mask) -> bool:
         """Whether it would rather do without a carrier, if `removed` [atoms] go."""

@@ -69,9 +69,11 @@ class Contraction(Rule):
         """
         if two.kinds.shape[-2] != 1 or not has_rows_of_sum_one(a, node.input[0]):
             return False
-        dims = a.shape(node.input[0]) or (None, None)
-        terms = dims[-1]
-        return terms == dims[-2] if isinstance(terms, str) else bool(terms)
+        one, other = (a.shape(name) or (None, None) for name in node.input)
+        return any(
+            terms == one[-2] if isinstance(terms, str) else bool(terms)
+            for terms in (one[-1], other[-2])
+        )
 
     # ---- demand ----
 

@@ -92,13 +92,14 @@ class BorderSink(LayerSink):
     def __init__(self, layer: Layer, link: Link, g: Geometry) -> None:
         super().__init__(layer, link, g)
         self.needs_carrier = True
+        self.blocks = g.groups
         self._map_size = self._size_of_map(link.analysis)
         weight = link.groups.graph.weight(self.node.input[layer.weight_slot])
         self._column_size = elements(weight) // self.slot.size if weight else 0
 
     def _can_compensate(self, a: Analysis) -> bool:
         plain = a.graph.weight(self.node.input[1]) is not None
-        return a.is_float(self.node.output[0]) and plain and self.geometry.groups == 1
+        return a.is_float(self.node.output[0]) and plain
 
     def prefers_map(self, removed: Mask) -> bool:
         """Whether no constant should stay, if `removed` [atoms] were to go."""
@@ -137,26 +138,42 @@ class BorderSink(LayerSink):
     def absorb(self, removal: Removal, constants: Ints, removed: Mask) -> None:
         """Into a constant channel that stays, else into a map behind the layer."""
         able = np.flatnonzero(~removed & self.constant & (self.values != 0))
-        if len(able):
-            carrier = int(able[np.abs(self.values[able]).argmax()])
-            self._carry(removal, constants, carrier)
-        elif not self.free[constants].all():
-            self._add_map(removal, constants)
+        inputs = self.slot.size // self.blocks
+        left = []
+        for block in np.unique(constants // inputs):
+            own = constants[constants // inputs == block]
+            near = able[able // inputs == block]
+            if len(near):
+                carrier = int(near[np.abs(self.values[near]).argmax()])
+                self._carry(removal, own, carrier)
+            elif not self.free[own].all():
+                left.append(own)
+        if left:
+            self._add_map(removal, np.concatenate(left))
 
     def _carry(self, removal: Removal, constants: Ints, carrier: int) -> None:
-        """Let one constant channel that stays do the work of those that go."""
+        """Let one constant channel that stays do the work of those that go.
+
+        All are of one block, which only the filters of its group read.
+        """
         ratios = self.values[constants] / self.values[carrier]
-        axis = self.geometry.inputs
+        g, inputs = self.geometry, self.slot.size // self.blocks
+        # [out, in / group] counts inputs within a group, and groups by outputs
+        is_local = g.inputs > g.outputs
+        block, start = carrier // inputs, carrier // inputs * inputs * is_local
 
         def change(array: Array) -> Array:
-            wide = np.moveaxis(array, axis, 0)
-            moved = np.array(wide[carrier], np.float64)
-            for index, ratio in zip(constants, ratios, strict=True):
+            made = array.copy()
+            wide = np.moveaxis(made, g.inputs, 0)
+            if is_local:  # its outputs are sliced with the inputs, not before
+                outputs = wide.shape[1] // self.blocks
+                wide = wide[:, block * outputs : (block + 1) * outputs]
+            moved = np.array(wide[carrier - start], np.float64)
+            for index, ratio in zip(constants - start, ratios, strict=True):
                 moved += wide[index].astype(np.float64) * ratio
             check_fits(moved, array.dtype)
-            made = wide.copy()
-            made[carrier] = moved.astype(array.dtype)
-            return np.moveaxis(made, 0, axis)
+            wide[carrier - start] = moved.astype(array.dtype)
+            return made
 
         removal.change(self.node, 1, change)
 
