@@ -17,9 +17,10 @@ from collections.abc import Iterable, Iterator, Mapping
 class Atom:
     """A size with a name, or a function of sizes. Equal where the texts are."""
 
-    __slots__ = ("arguments", "function", "text")
+    __slots__ = ("arguments", "function", "text", "vanishes")
 
     def __init__(self, text: str, function: str = "", *arguments: Dim) -> None:
+        self.vanishes: bool | None = None  # once it has been asked: see may_vanish
         self.text = text
         self.function = function
         self.arguments = arguments
@@ -223,6 +224,12 @@ def may_vanish(size: Dim) -> bool:
 
 
 def _may_vanish(item: Atom) -> bool:
+    if item.vanishes is None:
+        item.vanishes = _function_may_vanish(item)
+    return item.vanishes
+
+
+def _function_may_vanish(item: Atom) -> bool:
     given = [may_vanish(argument) for argument in item.arguments]
     match item.function:
         case "" | "windows":

@@ -10,7 +10,9 @@
    differ, the constants of a value are collected in one channel, which stays:
    conv(c, w) = conv(k, w c / k), whatever the border.
 3. A channel that only zero weights read goes with the filter that makes it.
-4. Inputs, outputs and operators without a rule keep what they touch, and so does what an
+4. Heads of attention, and dims of all heads, go from queries, keys, values and what
+   follows; the scale of the scores stays. RMSNorm makes up for the channels it loses.
+5. Inputs, outputs and operators without a rule keep what they touch, and so does what an
    operator turns into Inf or NaN. Activations are taken to be finite: 0 * x is 0.
 
 Source: the facts are those of constant propagation over the lattice zero < constant < map
