@@ -45,9 +45,10 @@ def simplify(source: str, **given: Any) -> int:
 
 @cli.command()
 @options.model_argument("source", "IN")
+@options.tolerance
 @options.transform
 def shrink(source: str, **given: Any) -> int:
-    """Take out zeroed channels and dead layers, exactly."""
+    """Take out zeroed channels and dead layers: exactly, unless --tolerance is given."""
     from onnxopt.cli.run import transform
 
     return transform(source, "shrink", given)

@@ -300,6 +300,14 @@ transform = _together(
     ),
 )
 
+tolerance = click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    metavar="T",
+    help="Lossy: take channels as zero whose weights, scales and biases are at most T in "
+    "magnitude. Judged by the budget, or the floor of lossy passes.",
+)
+
 measurement = _together(
     click.option(
         "--provider",
