@@ -37,6 +37,17 @@ class Decision:
         found = int(self._reason[self._labels[atom]])
         return None if found < 0 else self._texts[found]
 
+    def reasons(self, atoms: Ints) -> dict[str, int]:
+        """What keeps those of `atoms` that stay, with how many of them it keeps."""
+        found, counts = np.unique(self._reason[self._labels[atoms]], return_counts=True)
+        pairs = zip(found.tolist(), counts.tolist(), strict=True)
+        made: dict[str, int] = {}
+        for index, count in pairs:
+            if index >= 0:
+                text = self._texts[index]
+                made[text] = made.get(text, 0) + count
+        return made
+
     def _removed(self) -> Mask:
         return np.asarray(~self._stays[self._labels])
 

@@ -308,6 +308,13 @@ tolerance = click.option(
     "magnitude. Judged by the budget, or the floor of lossy passes.",
 )
 
+channels = click.option(
+    "--channels",
+    is_flag=True,
+    help="List every layer: its channels that are zero, constant or unused, and what "
+    "keeps the others.",
+)
+
 measurement = _together(
     click.option(
         "--provider",
