@@ -116,5 +116,12 @@ _SHRINK = ("dead-layers", "zero-channels", "merge-linear")
 PIPELINES: dict[str, tuple[str, ...]] = {
     "default": (*_SIMPLIFY, "fold-qdq-weights", *_SHRINK),
     "simplify": _SIMPLIFY,
-    "shrink": ("dead-code", "identity", "fold-constants", "no-op", *_SHRINK),
+    "shrink": (
+        "dead-code",
+        "identity",
+        "inline-if",
+        "fold-constants",
+        "no-op",
+        *_SHRINK,
+    ),
 }
