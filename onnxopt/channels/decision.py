@@ -115,7 +115,7 @@ class Decision:
         slots = [
             slot
             for slot in self.groups.slots.values()
-            if slot.reader is None and not vanishes(self.groups, slot, set())
+            if slot.reader is None and slot.size and not vanishes(self.groups, slot, set())
         ]
         starts = np.array([slot.start for slot in slots], np.int64)
 
