@@ -82,11 +82,8 @@ class Network:
 
     def norm(self, value: str, size: int) -> str:
         """BatchNormalization and Relu."""
-        names = [self.full(size), self.full(size), self.full(size)]
-        names.append(self.weight(np.ones(size, np.float32)))
-        zero = np.zeros(size, np.float32)
-        names[1] = self.weight(zero)
-        names[2] = self.weight(zero.copy())
+        zeros, ones = np.zeros(size, np.float32), np.ones(size, np.float32)
+        names = [self.full(size), *map(self.weight, (zeros, zeros, ones))]
         return self.add("Relu", self.add("BatchNormalization", value, *names))
 
     def model(self, dims: list[int | str], output: str) -> onnx.ModelProto:
@@ -97,7 +94,10 @@ class Network:
             "scaling",
             [helper.make_tensor_value_info("x", TensorProto.FLOAT, dims)],
             [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-            [numpy_helper.from_array(array, name) for name, array in self.weights.items()],
+            [
+                numpy_helper.from_array(array, name)
+                for name, array in self.weights.items()
+            ],
         )
         return helper.make_model(
             graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8
@@ -125,7 +125,9 @@ def dense(nodes: int) -> onnx.ModelProto:
         size = WIDTH
         for _ in range(LAYERS):
             given = net.norm(value, size)
-            new = net.add("Conv", given, net.masked((GROWTH, size, 3, 3), 0), pads=[1] * 4)
+            new = net.add(
+                "Conv", given, net.masked((GROWTH, size, 3, 3), 0), pads=[1] * 4
+            )
             value, size = net.add("Concat", value, new, axis=1), size + GROWTH
         value = net.add("Conv", net.norm(value, size), net.masked((WIDTH, size, 1, 1), 0))
     return net.model(["batch", 3, 8, 8], value)

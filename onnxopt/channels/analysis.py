@@ -67,6 +67,7 @@ class Analysis:
         self._is_constant: dict[str, bool] = {}
         self._arrays: dict[str, Array | None] = {}
         self.kept: dict[object, Any] = {}  # what rules learned about constants
+        self.settled: set[str] = set()  # passes that found nothing to do by it
         nodes = graph.nodes()
         for node in nodes:
             self._forward(node)

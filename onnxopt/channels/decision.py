@@ -20,7 +20,9 @@ class Decision:
     def __init__(self, groups: Groups) -> None:
         self.groups = groups
         self._labels = groups.labels
+        self.removed: Mask = np.ones(groups.size, bool)
         self._stays: Mask = np.zeros(groups.size, bool)  # by class
+        self._members = _Members(self._labels)
         self._reason: npt.NDArray[np.int32] = np.full(groups.size, -1, np.int32)
         self._texts: list[str] = []
         for atoms, text in groups.bars:
@@ -30,7 +32,6 @@ class Decision:
             label = groups.graph.label(sink.node)
             self._keep(sink.slot.atoms[needed], f"{label} depends on it")
         self._hold_back()
-        self.removed: Mask = self._removed()
 
     def reason(self, atom: int) -> str | None:
         """What keeps an atom; None where it goes."""
@@ -48,9 +49,6 @@ class Decision:
                 made[text] = made.get(text, 0) + count
         return made
 
-    def _removed(self) -> Mask:
-        return np.asarray(~self._stays[self._labels])
-
     def _keep(self, atoms: Ints, text: str) -> bool:
         """Let the classes of `atoms` stay; whether that changes anything."""
         labels = np.unique(self._labels[atoms])
@@ -59,6 +57,7 @@ class Decision:
             return False
         self._texts.append(text)
         self._stays[new] = True
+        self.removed[self._members.of(new)] = False
         self._reason[new] = len(self._texts) - 1
         return True
 
@@ -81,8 +80,8 @@ class Decision:
         while True:
             changed = False
             for check, text in checks:
-                changed |= self._keep(check(self._removed()), text)
-            if not changed and not self._keep(last(self._removed()), _LAST):
+                changed |= self._keep(check(self.removed), text)
+            if not changed and not self._keep(last(self.removed), _LAST):
                 return
 
     # ---- one constant channel stays where there is padding ----
@@ -100,13 +99,15 @@ class Decision:
         for sink, eligible in wanting:
             np.add.at(score, self._labels[sink.slot.atoms[eligible]], 1)
         held: list[int] = []
+        is_held = np.zeros(len(self._labels), bool)  # by class
         for sink, eligible in wanting:
             atoms = sink.slot.atoms[eligible]
             labels = self._labels[atoms]
-            if np.isin(labels, self._labels[np.array(held, np.int64)]).any():
+            if is_held[labels].any():
                 continue  # the one held for another sink serves here, too
             sizes = np.abs(sink.values[eligible])
             held.append(int(atoms[np.lexsort((sizes, score[labels]))[-1]]))
+            is_held[self._labels[held[-1]]] = True
         return np.array(held, np.int64)
 
     # ---- no value without channels ----
@@ -115,7 +116,9 @@ class Decision:
         slots = [
             slot
             for slot in self.groups.slots.values()
-            if slot.reader is None and slot.size and not vanishes(self.groups, slot, set())
+            if slot.reader is None
+            and slot.size
+            and not vanishes(self.groups, slot, set())
         ]
         starts = np.array([slot.start for slot in slots], np.int64)
 
@@ -124,6 +127,20 @@ class Decision:
             return starts[np.flatnonzero(gone)[:1]]
 
         return check
+
+
+class _Members:
+    """The atoms of each class, found without looking at all atoms."""
+
+    def __init__(self, labels: Ints) -> None:
+        self._order = np.argsort(labels, kind="stable")
+        self._ends = np.cumsum(np.bincount(labels, minlength=len(labels)))
+
+    def of(self, labels: Ints) -> Ints:
+        """All atoms of these classes."""
+        starts = self._ends[labels - 1] * (labels > 0)
+        parts = zip(starts.tolist(), self._ends[labels].tolist(), strict=True)
+        return np.concatenate([self._order[start:end] for start, end in parts])
 
 
 def _held(sink: Sink) -> Callable[[Mask], Ints]:

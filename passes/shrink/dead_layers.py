@@ -57,12 +57,16 @@ class DeadLayers(Pass):
         """Nodes in order; what an edit leaves is worth what it was before."""
         if graph.is_function:
             return  # no shapes are known there
-        analysis = analyse(graph, context.evaluator)
+        analysis, edits = analyse(graph, context.evaluator), graph.model.ledger.edits
+        if self.name in analysis.settled:
+            return
         for node in graph.nodes():
             if graph.holds(node):
                 _look_at(analysis, node)
         for name in graph.outputs():
             _constant_output(analysis, name)
+        if graph.model.ledger.edits == edits:
+            analysis.settled.add(self.name)
 
 
 def _look_at(a: Analysis, node: NodeProto) -> None:
