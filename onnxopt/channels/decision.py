@@ -20,8 +20,8 @@ class Decision:
     def __init__(self, groups: Groups) -> None:
         self.groups = groups
         self._labels = groups.labels
-        self.removed: Mask = np.ones(groups.size, bool)
         self._stays: Mask = np.zeros(groups.size, bool)  # by class
+        self._going: Mask = np.ones(groups.size, bool)  # by atom
         self._members = _Members(self._labels)
         self._reason: npt.NDArray[np.int32] = np.full(groups.size, -1, np.int32)
         self._texts: list[str] = []
@@ -32,6 +32,7 @@ class Decision:
             label = groups.graph.label(sink.node)
             self._keep(sink.slot.atoms[needed], f"{label} depends on it")
         self._hold_back()
+        self.removed: Mask = self._removed()
 
     def reason(self, atom: int) -> str | None:
         """What keeps an atom; None where it goes."""
@@ -49,6 +50,9 @@ class Decision:
                 made[text] = made.get(text, 0) + count
         return made
 
+    def _removed(self) -> Mask:
+        return self._going
+
     def _keep(self, atoms: Ints, text: str) -> bool:
         """Let the classes of `atoms` stay; whether that changes anything."""
         labels = np.unique(self._labels[atoms])
@@ -57,7 +61,7 @@ class Decision:
             return False
         self._texts.append(text)
         self._stays[new] = True
-        self.removed[self._members.of(new)] = False
+        self._going[self._members.of(new)] = False
         self._reason[new] = len(self._texts) - 1
         return True
 
@@ -80,8 +84,8 @@ class Decision:
         while True:
             changed = False
             for check, text in checks:
-                changed |= self._keep(check(self.removed), text)
-            if not changed and not self._keep(last(self.removed), _LAST):
+                changed |= self._keep(check(self._removed()), text)
+            if not changed and not self._keep(last(self._removed()), _LAST):
                 return
 
     # ---- one constant channel stays where there is padding ----
