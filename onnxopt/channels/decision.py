@@ -117,12 +117,11 @@ class Decision:
     # ---- no value without channels ----
 
     def _lasting(self) -> Callable[[Mask], Ints]:
+        vanishing = _vanishing(self.groups)
         slots = [
             slot
             for slot in self.groups.slots.values()
-            if slot.reader is None
-            and slot.size
-            and not vanishes(self.groups, slot, set())
+            if slot.reader is None and slot.size and id(slot) not in vanishing
         ]
         starts = np.array([slot.start for slot in slots], np.int64)
 
@@ -160,23 +159,32 @@ def _to_carry(sink: Sink, removed: Mask) -> Mask:
     return np.asarray(carries & gone & ~sink.free)
 
 
-def vanishes(groups: Groups, slot: Slot, seen: set[str]) -> bool:
-    """Whether a value can go altogether: in the end only Concats read it."""
+def _vanishing(groups: Groups) -> set[int]:
+    """The slots (by id) of values that can go altogether: only Concats read them.
+
+    The last nodes come first, since what becomes of a value is up to those behind it.
+    """
+    found: set[int] = set()
+    for node in reversed(groups.graph.nodes()):
+        if len(node.output) == 1:
+            for slot in groups.slots_of(node.output[0]):
+                if _vanishes(groups, slot, found):
+                    found.add(id(slot))
+    return found
+
+
+def _vanishes(groups: Groups, slot: Slot, known: set[int]) -> bool:
     graph = groups.graph
-    if slot.name in seen or not graph.uses(slot.name):
+    uses = graph.uses(slot.name)
+    if not uses or graph.is_output(slot.name) or len(slot.axes) != 1:
         return False
-    if graph.is_output(slot.name) or len(slot.axes) != 1:
-        return False
-    maker = graph.producer(slot.name)
-    if maker is None or len(maker.output) != 1:
-        return False
-    for use in graph.uses(slot.name):
+    for use in uses:
         if use.view is not graph:
             return False
         if groups.drops_operand(use.node, slot):
             continue
         after = groups.after(use.node)
-        if not after or not all(vanishes(groups, o, seen | {slot.name}) for o in after):
+        if not after or not all(id(other) in known for other in after):
             return False
     return True
 
