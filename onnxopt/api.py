@@ -161,7 +161,9 @@ def shrink(
 ) -> Result:
     """`optimize` with what takes out zeroed channels and dead layers; see there.
 
-    Exact: constant channels go into biases. Activations are taken to be finite.
+    Exact: constant channels go into biases. Activations are taken to be finite. With
+    `tolerance` lossy: channels near zero go, too, within the budget (`min_sqnr`, `metric`
+    with `max_drop`...).
     """
     return optimize(model, "shrink", data, target, on_failure, **options)
 
@@ -213,8 +215,10 @@ class Job(msgspec.Struct):
         given = options.get("passes")
         if given is not None:
             passes = recipe.parse_pipeline(given) if isinstance(given, str) else given
+            passes = _tolerant(passes, options)
             return cls(source, passes, "passes", targets.target(target), data, options)
         passes, said = recipe.load_recipe(name)
+        passes = _tolerant(passes, options)
         if said.opset is not None and options.get("opset") is None:
             options = {**options, "opset": said.opset}
         if said.target is not None and target == "onnx":
@@ -557,6 +561,18 @@ def _check_options(options: Options) -> None:
         load_function(metric)
     elif options.get("max_drop") is not None:
         raise UsageError("--max-drop needs --metric script.py:function")
+
+
+def _tolerant(passes: Sequence[Pass], options: Options) -> Sequence[Pass]:
+    """The pipeline, with what rounds to zero before what takes out channels."""
+    tolerance = options.get("tolerance")
+    if not tolerance:
+        return passes
+    for index, entry in enumerate(passes):
+        if entry.name in ("dead-layers", "zero-channels"):
+            rounding = recipe.make_pass("round-to-zero", {"tolerance": tolerance})
+            return [*passes[:index], rounding, *passes[index:]]
+    raise UsageError("a tolerance needs a pipeline with dead-layers or zero-channels")
 
 
 def _feeds(model: Model, spec: Any, options: Options) -> Feeds:

@@ -134,6 +134,7 @@ def _run_pass(pass_: Pass, model: Model, context: Context) -> None:
 
 def _look_anew(model: Model) -> None:
     """Let every pass visit every node again, and shapes be inferred again."""
-    model.shapes.refresh()
+    if model.shapes.refresh():
+        model.analyses.clear()  # they rest on shapes of which more may be known now
     for view in model.views():
         view.forget_visits()

@@ -79,7 +79,8 @@ def _find(name: str) -> type[Pass]:
 
 def make_pass(name: str, parameters: Mapping[str, Any] | None = None) -> Pass:
     """The pass `name` with its parameters; raises UsageError naming what is wrong."""
-    kind, values = _find(name), dict(parameters or {})
+    kind = _find(name)
+    values = {key: _number(value) for key, value in (parameters or {}).items()}
     known = kind.__struct_fields__
     for key in values:
         if key not in known:
@@ -93,6 +94,12 @@ def make_pass(name: str, parameters: Mapping[str, Any] | None = None) -> Pass:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
         raise UsageError(f"pass {name!r}: {error}") from None
+
+
+def _number(value: Any) -> Any:
+    """1e-5 as the number that it is: YAML 1.1 takes it for a text, having no dot."""
+    is_number = isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value)
+    return float(value) if is_number else value
 
 
 def parse_pipeline(text: str) -> list[Pass]:

@@ -47,7 +47,9 @@ class Options(ValidationOptions, total=False):
     """What every transform takes beyond the model, besides `ValidationOptions`.
 
     The result is judged on `providers`, "cpu" without any. `passes` (a textual pipeline,
-    or passes) replaces the recipe. `fix_shapes` and `freeze_inputs` change the
+    or passes) replaces the recipe. With `tolerance`, channels whose weights are at most
+    that in magnitude are taken as zero before channels are removed, which is lossy (see
+    the pass round-to-zero). `fix_shapes` and `freeze_inputs` change the
     interface, `opset` raises the standard opset. `validate` False leaves the result
     unproven; `require_validation` makes a model that cannot run an error.
     `bisect_limit` stops after that many edits; `verify_each` checks the graph, and the
@@ -56,6 +58,7 @@ class Options(ValidationOptions, total=False):
 
     providers: Sequence[str]
     passes: str | Sequence[Pass] | None
+    tolerance: float
     fix_shapes: Mapping[str, Sequence[int]] | None
     freeze_inputs: bool
     opset: int | None

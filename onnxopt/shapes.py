@@ -48,9 +48,14 @@ class Shapes:
         """
         return name in self._inference.known(view)
 
-    def refresh(self) -> None:
-        """Infer anew what edits may have made more known of; what is complete stays."""
-        self._inference = self._inference.renewed()
+    def refresh(self) -> bool:
+        """Infer anew what edits may have made more known of; what is complete stays.
+
+        Whether there was anything that is not.
+        """
+        before = self._inference
+        self._inference = before.renewed()
+        return not self._inference.holds_all(before)
 
     def forget(self) -> None:
         """Infer all anew: an edit changed dims."""

@@ -48,6 +48,8 @@ _HOMES = {
     "fold-qdq-weights": ("qdq.fold_qdq_weights", "FoldQdqWeights"),
     "dead-layers": ("shrink.dead_layers", "DeadLayers"),
     "zero-channels": ("shrink.zero_channels", "ZeroChannels"),
+    "merge-linear": ("shrink.merge_linear", "MergeLinear"),
+    "round-to-zero": ("shrink.round_to_zero", "RoundToZero"),
 }
 """Where each pass lies: its module in this package, and its class."""
 
@@ -106,13 +108,20 @@ _SIMPLIFY = (
     "div-to-mul",
 )
 
-ON_REQUEST = ("inline-functions",)
+ON_REQUEST = ("inline-functions", "round-to-zero")
 """Passes of no recipe that comes with onnxopt: they change what a user may want kept."""
 
-_SHRINK = ("dead-layers", "zero-channels")
+_SHRINK = ("dead-layers", "zero-channels", "merge-linear")
 
 PIPELINES: dict[str, tuple[str, ...]] = {
     "default": (*_SIMPLIFY, "fold-qdq-weights", *_SHRINK),
     "simplify": _SIMPLIFY,
-    "shrink": ("dead-code", "identity", "fold-constants", "no-op", *_SHRINK),
+    "shrink": (
+        "dead-code",
+        "identity",
+        "inline-if",
+        "fold-constants",
+        "no-op",
+        *_SHRINK,
+    ),
 }

@@ -67,6 +67,7 @@ class Analysis:
         self._is_constant: dict[str, bool] = {}
         self._arrays: dict[str, Array | None] = {}
         self.kept: dict[object, Any] = {}  # what rules learned about constants
+        self.settled: set[str] = set()  # passes that found nothing to do by it
         nodes = graph.nodes()
         for node in nodes:
             self._forward(node)
@@ -161,13 +162,17 @@ class Analysis:
 
     def _collect(self, name: str, nodes: dict[int, NodeProto]) -> None:
         """The nodes that constant `name` is computed by, sources first."""
-        node = self.graph.producer(name)
-        if node is None or self.graph.weight(name) is not None or id(node) in nodes:
-            return
-        for given in node.input:
-            if given:
-                self._collect(given, nodes)
-        nodes[id(node)] = node
+        waiting = [(name, False)]
+        while waiting:
+            name, are_sources_there = waiting.pop()
+            node = self.graph.producer(name)
+            if node is None or self.graph.weight(name) is not None or id(node) in nodes:
+                continue
+            if are_sources_there:
+                nodes[id(node)] = node
+            else:
+                waiting.append((name, True))
+                waiting += [(given, False) for given in node.input if given]
 
     # ---- shapes ----
 

@@ -22,6 +22,8 @@ class Decision:
         self.groups = groups
         self._labels = groups.labels
         self._stays: Mask = np.zeros(groups.size, bool)  # by class
+        self._going: Mask = np.ones(groups.size, bool)  # by atom
+        self._members = _Members(self._labels)
         self._reason: npt.NDArray[np.int32] = np.full(groups.size, -1, np.int32)
         self._texts: list[str] = []
         for atoms, text in groups.bars:
@@ -38,8 +40,19 @@ class Decision:
         found = int(self._reason[self._labels[atom]])
         return None if found < 0 else self._texts[found]
 
+    def reasons(self, atoms: Ints) -> dict[str, int]:
+        """What keeps those of `atoms` that stay, with how many of them it keeps."""
+        found, counts = np.unique(self._reason[self._labels[atoms]], return_counts=True)
+        pairs = zip(found.tolist(), counts.tolist(), strict=True)
+        made: dict[str, int] = {}
+        for index, count in pairs:
+            if index >= 0:
+                text = self._texts[index]
+                made[text] = made.get(text, 0) + count
+        return made
+
     def _removed(self) -> Mask:
-        return np.asarray(~self._stays[self._labels])
+        return self._going
 
     def _keep(self, atoms: Ints, text: str) -> bool:
         """Let the classes of `atoms` stay; whether that changes anything."""
@@ -49,6 +62,7 @@ class Decision:
             return False
         self._texts.append(text)
         self._stays[new] = True
+        self._going[self._members.of(new)] = False
         self._reason[new] = len(self._texts) - 1
         return True
 
@@ -99,22 +113,25 @@ class Decision:
         for sink, eligible in wanting:
             np.add.at(score, self._labels[sink.slot.atoms[eligible]], 1)
         held: list[int] = []
+        is_held = np.zeros(len(self._labels), bool)  # by class
         for sink, eligible in wanting:
             atoms = sink.slot.atoms[eligible]
             labels = self._labels[atoms]
-            if np.isin(labels, self._labels[np.array(held, np.int64)]).any():
+            if is_held[labels].any():
                 continue  # the one held for another sink serves here, too
             sizes = np.abs(sink.values[eligible])
             held.append(int(atoms[np.lexsort((sizes, score[labels]))[-1]]))
+            is_held[self._labels[held[-1]]] = True
         return np.array(held, np.int64)
 
     # ---- no value without channels ----
 
     def _lasting(self) -> Callable[[Mask], Ints]:
+        vanishing = _vanishing(self.groups)
         slots = [
             slot
             for slot in self.groups.slots.values()
-            if slot.reader is None and not vanishes(self.groups, slot, set())
+            if slot.reader is None and slot.size and id(slot) not in vanishing
         ]
         starts = np.array([slot.start for slot in slots], np.int64)
 
@@ -123,6 +140,20 @@ class Decision:
             return starts[np.flatnonzero(gone)[:1]]
 
         return check
+
+
+class _Members:
+    """The atoms of each class, found without looking at all atoms."""
+
+    def __init__(self, labels: Ints) -> None:
+        self._order = np.argsort(labels, kind="stable")
+        self._ends = np.cumsum(np.bincount(labels, minlength=len(labels)))
+
+    def of(self, labels: Ints) -> Ints:
+        """All atoms of these classes."""
+        starts = self._ends[labels - 1] * (labels > 0)
+        parts = zip(starts.tolist(), self._ends[labels].tolist(), strict=True)
+        return np.concatenate([self._order[start:end] for start, end in parts])
 
 
 def _held(sink: Sink) -> Callable[[Mask], Ints]:
@@ -140,23 +171,32 @@ def _to_carry(sink: Sink, removed: Mask) -> Iterator[Mask]:
         yield np.asarray(wanted & (block == place))
 
 
-def vanishes(groups: Groups, slot: Slot, seen: set[str]) -> bool:
-    """Whether a value can go altogether: in the end only Concats read it."""
+def _vanishing(groups: Groups) -> set[int]:
+    """The slots (by id) of values that can go altogether: only Concats read them.
+
+    The last nodes come first, since what becomes of a value is up to those behind it.
+    """
+    found: set[int] = set()
+    for node in reversed(groups.graph.nodes()):
+        if len(node.output) == 1:
+            for slot in groups.slots_of(node.output[0]):
+                if _vanishes(groups, slot, found):
+                    found.add(id(slot))
+    return found
+
+
+def _vanishes(groups: Groups, slot: Slot, known: set[int]) -> bool:
     graph = groups.graph
-    if slot.name in seen or not graph.uses(slot.name):
+    uses = graph.uses(slot.name)
+    if not uses or graph.is_output(slot.name) or len(slot.axes) != 1:
         return False
-    if graph.is_output(slot.name) or len(slot.axes) != 1:
-        return False
-    maker = graph.producer(slot.name)
-    if maker is None or len(maker.output) != 1:
-        return False
-    for use in graph.uses(slot.name):
+    for use in uses:
         if use.view is not graph:
             return False
         if groups.drops_operand(use.node, slot):
             continue
         after = groups.after(use.node)
-        if not after or not all(vanishes(groups, o, seen | {slot.name}) for o in after):
+        if not after or not all(id(other) in known for other in after):
             return False
     return True
 

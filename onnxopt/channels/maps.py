@@ -70,29 +70,36 @@ def _collect(
     a: Analysis, name: str, nodes: dict[int, NodeProto], given: dict[str, Array]
 ) -> None:
     """The nodes that make `name`, sources first, and the known values they start from."""
-    if name in given:
-        return
+    waiting = [(name, False)]
+    while waiting:
+        name, are_sources_there = waiting.pop()
+        node = a.graph.producer(name)
+        if are_sources_there and node is not None:
+            nodes[id(node)] = node
+        elif name not in given and (node is None or id(node) not in nodes):
+            array = _start(a, name)
+            if array is not None:
+                given[name] = array
+            elif node is None:
+                raise MapError(f"it is made from {name!r}")
+            else:
+                waiting.append((name, True))
+                waiting += [(source, False) for source in reversed(node.input) if source]
+
+
+def _start(a: Analysis, name: str) -> Array | None:
+    """What to compute a value's readers from; None where it has to be computed."""
     if a.is_constant(name):
         array = a.array(name)
         if array is None:
             raise MapError(f"{name!r} could not be computed")
-        given[name] = array
-        return
+        return array
     found = a.fact(name)
     if found is None:
-        given[name] = np.zeros(_dims(a, name), _dtype(a, name))
-        return
-    if not (found.kinds == Kind.MAP).any():
-        if found.is_wild.any():
-            raise MapError(f"{name!r} is not finite")
-        values = np.where(found.is_const, found.values, np.zeros_like(found.values))
-        given[name] = np.ascontiguousarray(np.broadcast_to(values, _dims(a, name)))
-        return
-    node = a.graph.producer(name)
-    if node is None:
-        raise MapError(f"it is made from {name!r}")
-    if id(node) not in nodes:
-        for source in node.input:
-            if source:
-                _collect(a, source, nodes, given)
-        nodes[id(node)] = node
+        return np.zeros(_dims(a, name), _dtype(a, name))
+    if (found.kinds == Kind.MAP).any():
+        return None
+    if found.is_wild.any():
+        raise MapError(f"{name!r} is not finite")
+    values = np.where(found.is_const, found.values, np.zeros_like(found.values))
+    return np.ascontiguousarray(np.broadcast_to(values, _dims(a, name)))

@@ -45,9 +45,10 @@ def simplify(source: str, **given: Any) -> int:
 
 @cli.command()
 @options.model_argument("source", "IN")
+@options.tolerance
 @options.transform
 def shrink(source: str, **given: Any) -> int:
-    """Take out zeroed channels and dead layers, exactly."""
+    """Take out zeroed channels and dead layers: exactly, unless --tolerance is given."""
     from onnxopt.cli.run import transform
 
     return transform(source, "shrink", given)
@@ -138,15 +139,16 @@ def bisect(
 @cli.command()
 @options.model_argument("source", "IN")
 @options.json_to
-def inspect(source: str, json_to: str | None, verbose: int) -> int:
-    """Say what a model holds: operators, sizes, zeros, quantization."""
+@options.channels
+def inspect(source: str, json_to: str | None, channels: bool, verbose: int) -> int:
+    """Say what a model holds: operators, sizes, zeros, dead channels, quantization."""
     from onnxopt.cli import describe, terminal
     from onnxopt.cli.document import Document
     from onnxopt.inspection import inspect as look
     from onnxopt.report import as_json
 
     with Document(json_to) as document:
-        found = look(source)
+        found = look(source, channels=channels)
         document.write(as_json(found))
     if not document.to_stdout:
         terminal.show(describe.inspection(source, found, verbose))

@@ -5,12 +5,13 @@ Every number comes from the report; what was not run is said to be not run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from onnxopt.cli.terminal import Block, Table
 
 if TYPE_CHECKING:
+    from onnxopt.inspection.dead import DeadChannels
     from onnxopt.inspection.survey import Inspection, Value
     from onnxopt.report import (
         Check,
@@ -250,7 +251,7 @@ def inspection(source: str, found: Inspection, verbose: int) -> Iterator[Block]:
     yield ""
     yield from _zeros(found, verbose)
     yield ""
-    yield from _dead(found, verbose)
+    yield from _channels(found, verbose)
     yield ""
     yield from _quantization(found, verbose)
     for key, value in found.metadata.items() if verbose else ():
@@ -322,22 +323,31 @@ def _zeros(found: Inspection, verbose: int) -> Iterator[Block]:
     yield from _more(len(empty), verbose, "layers")
 
 
-def _dead(found: Inspection, verbose: int) -> Iterator[Block]:
-    if not found.dead:
-        yield "no layer has a dead channel"
+def _channels(found: Inspection, verbose: int) -> Iterator[Block]:
+    """Every layer where that was asked for, else those with dead channels."""
+    layers: Sequence[DeadChannels] = found.layers or found.dead
+    shown = layers
+    if found.layers is not None:
+        yield "channels of layers:" if layers else "no layer has channels"
+    else:
+        shown = layers if verbose else layers[:_SHOWN]
+        told = "channels that make no difference to the outputs:"
+        yield told if layers else "no layer has a dead channel"
+    if not layers:
         return
     titles = ("layer", "operator", "channels", "zero", "constant", "unused", "can go")
     table = Table(titles, left=2)
-    shown = found.dead if verbose else found.dead[:_SHOWN]
     for item in shown:
         counts = (item.channels, item.zero, item.constant, item.unused, item.removable)
         table.add(item.node, item.op, *map(str, counts))
-    yield "channels that make no difference to the outputs:"
     yield table
-    yield from _more(len(found.dead), verbose, "layers")
+    if len(shown) < len(layers):
+        yield from _more(len(layers), verbose, "layers")
     for item in shown:
         for reason, count in item.kept_by.items():
             yield f"  {item.node}: {count} stay: {reason}"
+        for reason, count in getattr(item, "needed_by", {}).items():
+            yield f"  {item.node}: {count} live: {reason}"
 
 
 def _part(some: int | None, whole: int | None) -> str:

@@ -300,6 +300,21 @@ transform = _together(
     ),
 )
 
+tolerance = click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    metavar="T",
+    help="Lossy: take channels as zero whose weights, scales and biases are at most T in "
+    "magnitude. Judged by the budget, or the floor of lossy passes.",
+)
+
+channels = click.option(
+    "--channels",
+    is_flag=True,
+    help="List every layer: its channels that are zero, constant or unused, and what "
+    "keeps the others.",
+)
+
 measurement = _together(
     click.option(
         "--provider",

@@ -18,7 +18,12 @@ from onnxopt import cost, zeros
 from onnxopt._version import __version__
 from onnxopt.data.inputs import dims_of
 from onnxopt.graph import GraphView
-from onnxopt.inspection.dead import DeadChannels, dead_channels
+from onnxopt.inspection.dead import (
+    DeadChannels,
+    LayerChannels,
+    dead_channels,
+    layer_channels,
+)
 from onnxopt.inspection.layers import Layer, layer
 from onnxopt.inspection.quantization import Quantization, dtype_name, quantization
 from onnxopt.model import Model, Source
@@ -88,7 +93,11 @@ class Sparsity(msgspec.Struct, frozen=True):
 
 
 class Inspection(msgspec.Struct, frozen=True, kw_only=True):
-    """The facts of one model."""
+    """The facts of one model.
+
+    `dead`: the layers with channels that make no difference; `layers`: all of them, None
+    where that was not asked for.
+    """
 
     schema: int = 1
     onnxopt: str = __version__
@@ -112,27 +121,34 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     weights: list[Weight]
     channels: list[Channels]
     dead: list[DeadChannels]
+    layers: list[LayerChannels] | None = None
     quantization: Quantization
     notes: list[str]
 
 
 def inspect(
-    model: Source, *, base_dir: str | os.PathLike[str] | None = None
+    model: Source,
+    *,
+    channels: bool = False,
+    base_dir: str | os.PathLike[str] | None = None,
 ) -> Inspection:
     """Look at a model: a path, a ModelProto or a gs.Graph.
 
-    `base_dir`: the folder of its external data, for models in memory. Raises
-    InvalidModelError where it is malformed, UsageError where it cannot be read.
+    `channels`: say of every layer, not only of those with dead channels, which channels
+    it has and what keeps them. `base_dir`: the folder of its external data, for models in
+    memory. Raises InvalidModelError where it is malformed, UsageError where it cannot be
+    read.
     """
     opened = Model.open(model, base_dir)
     try:
-        return _inspect(opened, model)
+        return _inspect(opened, model, channels)
     finally:
         opened.weights.close()
 
 
-def _inspect(model: Model, source: Source) -> Inspection:
+def _inspect(model: Model, source: Source, channels: bool) -> Inspection:
     proto = model.proto
+    layers = layer_channels(model, channels)
     found = _scan(model)
     external = _external_data(model)
     path = source if isinstance(source, str | os.PathLike) else None
@@ -157,7 +173,8 @@ def _inspect(model: Model, source: Source) -> Inspection:
         sparsity=found.sparsity(),
         weights=found.weights,
         channels=found.channels,
-        dead=dead_channels(model),
+        dead=dead_channels(layers),
+        layers=layers if channels else None,
         quantization=quantization(model),
         notes=list(model.notes),
     )
@@ -320,6 +337,7 @@ __all__ = [
     "Channels",
     "DeadChannels",
     "Inspection",
+    "LayerChannels",
     "Sparsity",
     "Storage",
     "Value",

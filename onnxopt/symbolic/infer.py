@@ -91,6 +91,14 @@ class Inference:
             }
         return made
 
+    def holds_all(self, other: Inference) -> bool:
+        """Whether nothing is left out that `other` has of values that are there."""
+        return all(
+            len(self.known(view)) == sum(view.home(name) is view for name in facts)
+            for view, facts in other._facts.items()
+            if view.is_attached
+        )
+
     def _is_complete(self, fact: Fact) -> bool:
         if not fact.dtype or fact.dims is None or not all(map(self._is_sure, fact.dims)):
             return False

@@ -6,10 +6,12 @@
 1. An operand that is zero throughout leaves a sum, one that is 1 a product; one that is
    constant becomes a constant, of one element for each channel. So does one that varies
    over space but not with the inputs, where that is smaller than what made it.
-2. An output of the graph that does not depend on the inputs becomes a constant, where
+2. A Where whose condition is the same throughout hands one operand on; the condition of
+   an If becomes a constant, for `inline-if` to take the branch.
+3. An output of the graph that does not depend on the inputs becomes a constant, where
    its shape is known.
-3. Layers that hand their input on: see `identity_layers`.
-4. The shape of the result stays what it was: an operand that others broadcast to is
+4. Layers that hand their input on: see `identity_layers`.
+5. The shape of the result stays what it was: an operand that others broadcast to is
    declined. Activations are taken to be finite: 0 * x is 0.
 
 What only the operand needed goes with it.
@@ -55,16 +57,25 @@ class DeadLayers(Pass):
         """Nodes in order; what an edit leaves is worth what it was before."""
         if graph.is_function:
             return  # no shapes are known there
-        analysis = analyse(graph, context.evaluator)
+        analysis, edits = analyse(graph, context.evaluator), graph.model.ledger.edits
+        if self.name in analysis.settled:
+            return
         for node in graph.nodes():
             if graph.holds(node):
                 _look_at(analysis, node)
         for name in graph.outputs():
             _constant_output(analysis, name)
+        if graph.model.ledger.edits == edits:
+            analysis.settled.add(self.name)
 
 
 def _look_at(a: Analysis, node: NodeProto) -> None:
     graph = a.graph
+    if graph.op(node) == "If":
+        _condition(a, node)
+        return
+    if graph.op(node) == "Where" and _choice(a, node):
+        return
     if isinstance(a.rule(node), Elementwise) and len(node.input) > 1:
         for slot in range(len(node.input)):
             if graph.holds(node) and _operand(a, node, slot):
@@ -99,14 +110,20 @@ def _operand(a: Analysis, node: NodeProto, slot: int) -> bool:
         graph.skip(node, f"{name!r} is constant, but gives the result its shape")
         return False
     if _is_neutral(node, slot, found):
-        edit, other = Edit(graph, node), node.input[1 - slot]
-        if graph.is_output(node.output[0]) and graph.producer(other) is None:
-            edit.rewrite("Identity", [other])  # an output needs a node that makes it
-        else:
-            edit.bypass(node, {node.output[0]: other})
-        return graph.apply(edit, "an operand that changes nothing")
+        return _hand_on(a, node, 1 - slot, "an operand that changes nothing")
     _replace(a, node, slot, found)
     return False
+
+
+def _hand_on(a: Analysis, node: NodeProto, slot: int, why: str) -> bool:
+    """Let who reads the result read one of the operands."""
+    graph, kept = a.graph, node.input[slot]
+    edit = Edit(graph, node)
+    if graph.is_output(node.output[0]) and graph.producer(kept) is None:
+        edit.rewrite("Identity", [kept])  # an output needs a node that makes it
+    else:
+        edit.bypass(node, {node.output[0]: kept})
+    return graph.apply(edit, why)
 
 
 def _keeps_shape(a: Analysis, node: NodeProto, slot: int) -> bool:
@@ -158,6 +175,35 @@ def _map(a: Analysis, node: NodeProto, name: str) -> Array | None:
     except MapError as reason:
         a.graph.skip(node, f"{name!r} does not depend on the inputs, but {reason}")
         return None
+
+
+# ---- choices ----
+
+
+def _choice(a: Analysis, node: NodeProto) -> bool:
+    """Do without the operand of a Where that is never taken; True where node went."""
+    found = a.fact(node.input[0])
+    if found is None or not found.whole(Kind.CONST) or not found.values.size:
+        return False
+    if not (found.values == found.values.reshape(-1)[0]).all():
+        return False
+    slot = 1 if found.values.reshape(-1)[0] else 2
+    if not a.graph.same_shape(node.input[slot], node.output[0]):
+        a.graph.skip(node, f"{node.input[slot]!r} is always taken, but has another shape")
+        return False
+    return _hand_on(a, node, slot, "a choice that is always the same")
+
+
+def _condition(a: Analysis, node: NodeProto) -> None:
+    """Let the condition of an If be a constant where it is known."""
+    graph, name = a.graph, node.input[0]
+    found = a.fact(name)
+    if graph.weight(name) is not None or found is None or found.values.size != 1:
+        return
+    if found.whole(Kind.CONST):
+        edit = Edit(graph, node, max_growth=OUTPUT_GROWTH)
+        edit.set_input(node, 0, edit.add_weight(found.values.reshape(()), name))
+        graph.apply(edit, "a condition that does not depend on the inputs")
 
 
 # ---- outputs ----

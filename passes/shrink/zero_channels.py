@@ -47,11 +47,12 @@ class ZeroChannels(Pass):
             _decline(graph)
             return
         analysis = analyse(graph, context.evaluator)
-        if not analysis.has_findings:
+        if not analysis.has_findings or self.name in analysis.settled:
             return
         decision = Decision(Groups(analysis))
         dead = list(dead_outputs(decision))
-        remove(decision)
+        if not remove(decision):
+            analysis.settled.add(self.name)
         for layer in dead:
             for reason, count in layer.kept_by.items():
                 graph.skip(layer.node, f"{count} dead channels stay: {reason}")
