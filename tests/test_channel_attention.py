@@ -599,7 +599,8 @@ def feeds(model: ModelProto) -> list[support.Feed]:
                 array = rng.standard_normal((batch, sequence, dims[2]))
                 feed["x"] = array.astype(np.float32)
             elif value.name.startswith("past_"):
-                array = rng.standard_normal((batch, dims[1], 2, dims[3]))
+                kept = [size or 2 for size in dims[1:]]
+                array = rng.standard_normal((batch, *kept))
                 feed[value.name] = array.astype(np.float32)
             elif value.name == "ids":
                 feed["ids"] = np.asarray(rng.integers(0, 20, (batch, sequence)))
@@ -681,12 +682,14 @@ class Single(Net):
         weights: Callable[[str], str] = lambda name: name,
         heads: Callable[[str, str], str] = lambda side, name: name,
         bias: bool = True,
+        memory: str = "x",
     ) -> Single:
-        """x to the output of the last layer."""
+        """x to the output of the last layer; keys and values are of `memory`."""
         parts = {}
         for side in "qkv":
-            flat = self.linear(side, "x", self.hidden, SIZE, bias)
-            split = self.reshape(flat, "x", [HEADS, DIMS])
+            given = "x" if side == "q" else memory
+            flat = self.linear(side, given, self.hidden, SIZE, bias)
+            split = self.reshape(flat, given, [HEADS, DIMS])
             made = self.op("Transpose", split, perm=[0, 2, 1, 3])
             parts[side] = heads(side, made)
         keys = self.op("Transpose", parts["k"], perm=[0, 1, 3, 2])
@@ -729,6 +732,19 @@ def test_constant_values(worker: Context) -> None:
     net.lose("v", head(2), -0.5)
     net.keeps(8, 8, 6)
     shrink(net, worker)
+
+
+def test_constant_values_of_another_sequence(worker: Context) -> None:
+    """Of no keys the sum is zero: constants stay, zeros go."""
+    net = Single(0).build(memory="past_x")
+    net.lose("v", dim(1), 0.75)
+    net.lose("v", dim(2))
+    net.keeps(12, 12, 9)
+    source = net.model("end")
+    sizes: list[int | str | None] = ["batch", "keys", net.hidden]
+    kind = TensorProto.FLOAT
+    source.graph.input.append(helper.make_tensor_value_info("past_x", kind, sizes))
+    check(net, source, worker)
 
 
 def test_constant_values_behind_a_guard(worker: Context) -> None:
@@ -961,6 +977,8 @@ def test_every_second_query_head(worker: Context) -> None:
     out = llama_attention(net, "a", "x", h, tables_of(net))
     net.nodes.append(helper.make_node("Identity", [out], ["end"]))
     net.zero("a.o.w", 0, [*range(4, 8), *range(12, 16)])
+    for side in "qkv":
+        net.expect(f"a.{side}.w", -1, 8)
     shrink(net, worker)
 
 

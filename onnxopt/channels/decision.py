@@ -83,18 +83,20 @@ class Decision:
                 checks.append(_blocks(self.groups, slot))
         last = self._lasting()
         while True:
-            changed = False
+            changed, removed = False, self._removed()
             for check, text in checks:
-                changed |= self._keep(check(self._removed()), text)
+                if self._keep(check(removed), text):
+                    changed, removed = True, self._removed()
             if not changed and not self._choose(last):
                 return
 
     def _choose(self, last: Callable[[Mask], Ints]) -> bool:
         """Keep something where it is not settled what; whether there was such a place."""
+        removed = self._removed()
         for check, text in self.groups.choices:
-            if self._keep(check(self._removed()), text):
+            if self._keep(check(removed), text):
                 return True
-        return self._keep(last(self._removed()), _LAST)
+        return self._keep(last(removed), _LAST)
 
     # ---- one constant channel stays where there is padding ----
 

@@ -69,8 +69,25 @@ class Expand(Rule):
         elif not own:
             self.correct(link)
         elif link.side == "out" or not self._waits(link, own):
+            if link.side == "in":
+                self._open_copies(link, list(axes.values()), list(own.values()))
             link.relate(link.opposite, 0, own)
             self.correct(link)
+
+    def _open_copies(self, link: Link, kept: list[int], own: list[int]) -> None:
+        """Where a Reshape merges the copies with the channels, let them be told apart."""
+        a, name = link.analysis, link.name("out", 0)
+        use = a.graph.only_use(name)
+        if use is None or a.graph.op(use.node) != "Reshape":
+            return
+        dims = a.shape(name) or ()
+        copies = [
+            axis
+            for axis, size in enumerate(dims)
+            if axis not in kept and isinstance(size, int) and size > 1
+        ]
+        if copies and link.covering("out", 0, own) is None:
+            link.groups.slot(link.node, "out", 0, tuple(sorted([*own, *copies])))
 
     def _waits(self, link: Link, own: dict[int, int]) -> bool:
         """Whether to look again later: the result may have more axes than the input."""
