@@ -69,6 +69,7 @@ def _fold_reshape(graph: GraphView, node: NodeProto) -> None:
         if is_symbolic(target):
             graph.skip(node, "more than one of its sizes is computed")
         return
+    graph.fact(node.output[0])  # a literal would tell less of its dims
     edit = Edit(graph, node)
     name = edit.add_weight(literal, f"{node.input[1]}_folded")
     edit.set_input(node, 1, name)
