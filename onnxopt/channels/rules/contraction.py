@@ -188,8 +188,9 @@ def _labels(a: Analysis, node: NodeProto) -> dict[Port, list[Label | None]] | No
     shapes = (one, two, out)
     for port, shape, inner in zip(PORTS, shapes, ("mk", "kn", "mn"), strict=True):
         shift = len(out) - len(shape)
+        # a size that is not known may be all of it: what has no size bars the rest
         before: list[Label | None] = [
-            axis + shift if size == out[axis + shift] else None
+            None if size == 1 != out[axis + shift] else axis + shift
             for axis, size in enumerate(shape[:-2])
         ]
         found[port] = [*before, *inner]
