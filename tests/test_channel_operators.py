@@ -735,6 +735,21 @@ def test_resize_by_computed_sizes(shrink: Callable[..., Model]) -> None:
     check_pair(model, 2)
 
 
+@pytest.mark.parametrize("axes", [[2, 3], [-1, -2], [3], [1, 3]])
+@pytest.mark.parametrize("is_sized", [True, False])
+def test_resize_that_names_its_axes(
+    axes: list[int], is_sized: bool, shrink: Callable[..., Model]
+) -> None:
+    """Its shape is not inferred, so its channels stay, and so does its vector."""
+    net = between(4, [1, 3], opset=18, bias=0.5)
+    large = [4 if axis == 1 else 9 for axis in axes]
+    net.weights["s"] = np.array(large) if is_sized else np.ones(len(axes), np.float32)
+    net.add("Resize", "t _ _ s" if is_sized else "t _ s", "p", mode="linear", axes=axes)
+    model = shrink(close(net, 4))
+    check_pair(model, 4)
+    assert dims(model)["s"] == [len(axes)]
+
+
 def test_resize_by_a_scale_near_one(
     shrink: Callable[..., Model], reasons: Callable[..., list[str | None]]
 ) -> None:

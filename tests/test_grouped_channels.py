@@ -160,3 +160,25 @@ def test_elements_of_a_norm_go_by_channel(
     model = shrink(source)
     assert dims(model, "W") == [8, 5]
     assert dims(model, "V") == [2, 4, 1, 1]
+
+
+@pytest.mark.parametrize("op_type", ["Conv", "ConvTranspose"])
+def test_depthwise_layer_of_a_constant(op_type: str, context: Context) -> None:
+    """Its number of groups follows, though what it reads is an initializer."""
+    source = support.model_of(
+        f"""main (float[N,3,4,4] x) => (float[N,A,B,C] y)
+        <float[1,3,4,4] k = {{}}, float[3,1,1,1] w = {{1,0,2}},
+         float[3,3,1,1] W = {{1,2,3, 0,0,0, 4,5,6}}, float[2,3,1,1] V = {{}}> {{
+           d = {op_type} <group: int = 3> (k, w)
+           t = Conv (x, W)
+           s = Mul (t, d)
+           y = Conv (s, V)
+        }}"""
+    )
+    for name in "kV":
+        support.randomize(source, name)
+    made = support.final(support.run_passes(source, "zero-channels", context))
+    assert list(support.find_tensor(made, "W").dims) == [2, 3, 1, 1]
+    for feed in support.feeds_of(source, (2,)):
+        expected, found = support.run(source, feed), support.run(made, feed)
+        support.assert_same(expected, found, "equivalent")

@@ -230,6 +230,34 @@ def test_the_report_says_what_was_taken_as_zero() -> None:
     assert channels(result.model) == 2
 
 
+def test_the_report_counts_biases_among_what_was_taken_as_zero() -> None:
+    model = support.model_of(
+        """main (float[N,2] x) => (float[N,A] y)
+        <float[2,3] W = {1,0,2, 3,0,4}, float[3] b = {1,2e-6,3}, float[3,2] V = {}> {
+           t = Gemm (x, W, b)
+           y = Gemm (t, V)
+        }"""
+    )
+    support.randomize(model, "V")
+    result = onnxopt.shrink(model, tolerance=1e-5)
+    assert result.report.notes == [
+        "taken as zero in Gemm:t: a bias near zero, at most 2e-06 in magnitude"
+    ]
+
+
+def test_a_bias_counts_as_what_a_gemm_makes_of_it(context: Context) -> None:
+    """Its beta makes it larger, or smaller, than the tolerance."""
+    for beta, edits in ((1.0, 1), (1e6, 0)):
+        model = support.model_of(
+            f"""main (float[N,2] x) => (float[N,A] y)
+            <float[2,3] W = {{1,0,2, 3,0,4}}, float[3] b = {{1,2e-6,3}}> {{
+               y = Gemm <beta: float = {beta}> (x, W, b)
+            }}"""
+        )
+        made = support.run_passes(model, "round-to-zero{tolerance=1e-5}", context)
+        assert made.ledger.edits == edits
+
+
 def test_the_budget_decides() -> None:
     """What is taken as zero must be worth no more than the budget."""
     source = normed(g=[1, 1e-3, 1])

@@ -155,12 +155,12 @@ class _Rounding:
         if new.any() and not self._write_weight(edit, node, g, new):
             return
         idle = rows.reshape(-1)
-        self._write_bias(edit, node, idle, factor)
+        bias = self._write_bias(edit, node, idle, factor * abs(g.bias_scale))
         outputs = int((new & rows[:, :, None]).any(2).sum())
         inputs = int((new & ~rows[:, :, None]).any(1).sum())
         told = [f"{outputs} output channels"] * (outputs > 0)
         told += [f"{inputs} input channels"] * (inputs > 0)
-        largest = float(peaks[new].max(initial=0))
+        largest = float(peaks[new].max(initial=bias))
         if edit.is_empty or self._apply(edit, " and ".join(told) or "a bias", largest):
             self.idle[node.output[0]] = idle
 
@@ -190,16 +190,21 @@ class _Rounding:
 
     def _write_bias(
         self, edit: Edit, node: NodeProto, idle: Mask, factor: Floats
-    ) -> None:
-        """Let the bias of what is only a bias be zero, where it is near zero."""
+    ) -> float:
+        """Let the bias of what is only a bias be zero, where it is near zero.
+
+        The largest magnitude among what became zero, 0 where nothing did.
+        """
         name = node.input[2] if len(node.input) > 2 else ""
         bias = self.graph.array(name) if name else None
         source = _Source.of(self.graph, name) if bias is not None else None
-        if source is None or source.array.shape[-1:] != idle.shape:
-            return
-        if source.array.size == len(idle):
-            near = self._is_near(source.array.reshape(-1) * factor) & idle
-            self._clear(edit, source, near.reshape(source.array.shape))
+        if bias is None or source is None or source.array.shape[-1:] != idle.shape:
+            return 0.0
+        if source.array.size != len(idle):
+            return 0.0
+        near = self._is_near(source.array.reshape(-1) * factor) & idle
+        self._clear(edit, source, near.reshape(source.array.shape))
+        return float(np.abs(bias.reshape(-1)[near]).max(initial=0))
 
     # ---- normalizations ----
 

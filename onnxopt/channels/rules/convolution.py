@@ -91,7 +91,7 @@ def _count_groups(link: Link) -> None:
     node = link.node
 
     def patch(removal: Removal) -> None:
-        kept = removal.kept_of(node.input[0], 1)
+        kept = removal.kept_of(node.output[0], 1)  # what it reads may be a constant
         if kept is not None and kept.any():
             removal.edit.set_attribute(node, "group", int(kept.sum()))
 

@@ -97,13 +97,15 @@ class Resize(Rule):
                 link.bar("it is not known to keep the size of this axis")
                 return
         index, is_scale = self._given(a, node)
-        if link.axes == (1,) and index is not None and not is_scale:
+        # where it names its axes, channels are none of them
+        is_whole = attributes.get(node, "axes") is None
+        if link.axes == (1,) and index is not None and not is_scale and is_whole:
             self._patch(link, index)
         link.tie(link.opposite, 0, link.axes)
 
     def _patch(self, link: Link, index: int) -> None:
         found, given = _literal(link.analysis, link.node, index, 1), link.slot
-        if found is None:  # it names its axes, and channels are none of them
+        if found is None:
             return
         (reader, slot, place), _ = found
 
