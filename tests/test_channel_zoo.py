@@ -119,6 +119,11 @@ def test_masks_by_chance(name: str, check: Check) -> None:
     check(name, masks.by_chance(ZOO[name](0), 0.4, 0), 1.0)
 
 
+def test_one_place_of_what_a_norm_makes_keeps_its_channels(check: Check) -> None:
+    """The head asks for few channels of the first token; the norm in front gives all."""
+    check("ViT", masks.by_chance(ZOO["ViT"](3), 0.8, 3), 1.0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
 def test_other_masks_by_chance(name: str, check: Check) -> None:

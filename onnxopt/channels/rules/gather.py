@@ -101,7 +101,8 @@ class Gather(Rule):
         axis, more = place
         picked = set(range(axis, axis + more)) if link.side == "out" else {axis}
         shift = more - 1 if link.side == "in" else 1 - more
-        rest = {o: o + shift * (o > axis) for o in link.axes if o not in picked}
+        behind = axis + more if link.side == "out" else axis + 1
+        rest = {o: o + shift * (o >= behind) for o in link.axes if o not in picked}
         index = self._picks(link.analysis, link.node)
         if index is not None and index.ndim == 0:
             self._one(link, axis, int(index), rest)
