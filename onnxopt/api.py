@@ -78,9 +78,7 @@ class Result(msgspec.Struct):
         """
         report, model = self._report, self._model
         if report.output is None and model is not None:
-            if report.source.sha256 == facts.NOT_HASHED:
-                digest = facts.digest_of_source(model)
-                report.source = msgspec.structs.replace(report.source, sha256=digest)
+            _hash_source(report, model)
             report.output = facts.of_staged(model, measure(model, Path(_CANDIDATE)))
         return report
 
@@ -526,14 +524,19 @@ def _carrying(report: Report, original: Model) -> Iterator[None]:
         error.report = error.report or report
         raise
     except OnnxoptError as error:
-        if report.source.sha256 == facts.NOT_HASHED:
-            with contextlib.suppress(UsageError):  # the file has changed: no digest
-                digest = facts.digest_of_source(original)
-                report.source = msgspec.structs.replace(report.source, sha256=digest)
+        with contextlib.suppress(UsageError):  # the file has changed: no digest
+            _hash_source(report, original)
         if isinstance(error, ProviderError | WorkerError) and report.validation is None:
             report.validation = Validation("not_run", str(error), "", 0, [], [], [])
         error.report = error.report or report
         raise
+
+
+def _hash_source(report: Report, model: Model) -> None:
+    """Fill in the digests of the input where they were not asked for so far."""
+    if report.source.sha256 == facts.NOT_HASHED:
+        digest = facts.digest_of_source(model)
+        report.source = msgspec.structs.replace(report.source, sha256=digest)
 
 
 def _check_options(options: Options) -> None:

@@ -18,9 +18,6 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from onnx.numpy_helper import from_array
 from onnx.reference import ReferenceEvaluator
 
-from onnxopt.channels.decision import Decision
-from onnxopt.channels.engine import analyse
-from onnxopt.channels.groups import Groups
 from onnxopt.manager import Context, PassManager
 from onnxopt.model import Model
 from onnxopt.recipe import parse_pipeline
@@ -99,19 +96,6 @@ def shrink(context: Context) -> Callable[..., Model]:
         again = support.run_passes(made, pipeline, context)
         assert again.ledger.edits == 0
         return model
-
-    return call
-
-
-@pytest.fixture
-def reasons(context: Context) -> Callable[[ModelProto, str], list[str | None]]:
-    """For each channel of a value what keeps it, None where it goes."""
-
-    def call(source: ModelProto, name: str) -> list[str | None]:
-        view = Model.open(source).main
-        decision = Decision(Groups(analyse(view, context.evaluator)))
-        (slot,) = decision.groups.slots_of(name)
-        return [decision.reason(atom) for atom in slot.atoms.tolist()]
 
     return call
 
@@ -1370,26 +1354,25 @@ def test_a_function_is_declined_and_inlined_shrinks(shrink: Callable[..., Model]
     assert all(5 not in size for each in found.values() for size in each)
 
 
-def test_last_states_by_direction(shrink: Callable[..., Model]) -> None:
-    """Each direction picked for itself, and joined again."""
-    net = recurrent("LSTM", [(1, 4), (0, 2)], outputs="_ h")
+def picked_directions(dead: Sequence[Sequence[int]]) -> ModelProto:
+    """The last states of each direction by themselves, and joined again."""
+    net = recurrent("LSTM", dead, outputs="_ h")
     for way in range(2):
         net.weight(f"i{way}", np.array(way))
         net.add("Gather", f"h i{way}", f"h{way}", axis=0)
     net.add("Concat", "h0 h1", "both", axis=1)
     net.weight("V", net.random("V", 2 * HIDDEN, 3))
     net.add("MatMul", "both V")
-    model = shrink(net.model(y=2))
+    return net.model(y=2)
+
+
+def test_last_states_by_direction(shrink: Callable[..., Model]) -> None:
+    """Each direction picked for itself, and joined again."""
+    model = shrink(picked_directions([(1, 4), (0, 2)]))
     check_units(model, "LSTM", 2, HIDDEN - 2)
 
 
 def test_a_direction_that_is_picked_goes(shrink: Callable[..., Model]) -> None:
     """All units of the first are dead, but it is picked: one stays, or none is picked."""
-    net = recurrent("LSTM", [range(HIDDEN), (0, 2)], outputs="_ h")
-    for way in range(2):
-        net.weight(f"i{way}", np.array(way))
-        net.add("Gather", f"h i{way}", f"h{way}", axis=0)
-    net.add("Concat", "h0 h1", "both", axis=1)
-    net.weight("V", net.random("V", 2 * HIDDEN, 3))
-    net.add("MatMul", "both V")
-    assert dims(shrink(net.model(y=2)))["R"][2] == HIDDEN - 2
+    model = shrink(picked_directions([range(HIDDEN), (0, 2)]))
+    assert dims(model)["R"][2] == HIDDEN - 2

@@ -17,9 +17,6 @@ from onnx import ModelProto
 from onnx.numpy_helper import to_array
 
 import onnxopt
-from onnxopt.channels.decision import Decision
-from onnxopt.channels.engine import analyse
-from onnxopt.channels.groups import Groups
 from onnxopt.cli import cli
 from onnxopt.graph import Shape
 from onnxopt.manager import Context
@@ -38,19 +35,6 @@ def shrink(context: Context) -> Callable[..., Model]:
         model = support.run_passes(source, pipeline, context, **limits)
         check_numbers(source, support.final(model))
         return model
-
-    return call
-
-
-@pytest.fixture
-def reasons(context: Context) -> Callable[[ModelProto, str], list[str | None]]:
-    """For each channel of a value what keeps it, None where it goes."""
-
-    def call(source: ModelProto, name: str) -> list[str | None]:
-        view = Model.open(source).main
-        decision = Decision(Groups(analyse(view, context.evaluator)))
-        (slot,) = decision.groups.slots_of(name)
-        return [decision.reason(atom) for atom in slot.atoms.tolist()]
 
     return call
 

@@ -10,14 +10,12 @@ import copy
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import ModelProto, numpy_helper
 from onnxruntime.quantization import (
-    CalibrationDataReader,
     QuantFormat,
     QuantType,
     quantize_static,
@@ -35,6 +33,7 @@ from onnxopt.ledger import Ledger
 from onnxopt.manager import Context, PassManager
 from onnxopt.model import Model
 from onnxopt.recipe import load_recipe
+from tests.zoo.quantized import Reader
 
 pytestmark = pytest.mark.catalogue
 
@@ -48,14 +47,7 @@ def _context() -> Iterator[Context]:
         yield Context(evaluator=evaluator)
 
 
-def feeds(name: str) -> list[Feed]:
-    """Two of one shape and one of another."""
-    given, first, second = SHAPES[name]
-    random = np.random.default_rng(0)
-    return [
-        {given: random.standard_normal(shape).astype(np.float32)}
-        for shape in (first, first, second)
-    ]
+feeds = functools.partial(test_masks.feeds, shapes=SHAPES)
 
 
 @functools.lru_cache(maxsize=1)
@@ -122,15 +114,6 @@ def test_each_layer_masked_for_itself(name: str, context: Context) -> None:
     assert left < 0.9
 
 
-class _Reader(CalibrationDataReader):  # type: ignore[misc]
-    def __init__(self, given: list[Feed]) -> None:
-        self._feeds = iter(given)
-
-    def get_next(self) -> Any:
-        """The next one."""
-        return next(self._feeds, None)
-
-
 @pytest.mark.parametrize("name", ["efficientnet-lite0", "ppocr-cls"])
 def test_quantized_after_a_group_mask(
     name: str, context: Context, tmp_path: Path
@@ -141,7 +124,7 @@ def test_quantized_after_a_group_mask(
     quantize_static(
         copy.deepcopy(given.model),  # its weights are moved to a file
         target,
-        _Reader(feeds(name)[:1]),
+        Reader(feeds(name)[:1]),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         activation_type=QuantType.QUInt8,

@@ -25,7 +25,9 @@ from onnxopt.recipe import load_recipe
 
 pytestmark = pytest.mark.catalogue
 
-SHAPES = {
+Shapes = dict[str, tuple[str, list[int], list[int]]]
+
+SHAPES: Shapes = {
     "efficientnet-lite0": ("input", [2, 3, 224, 224], [1, 3, 224, 224]),
     "opennsfw": ("input:0", [2, 224, 224, 3], [1, 224, 224, 3]),
     "ppocr-cls": ("x", [2, 3, 48, 128], [1, 3, 48, 192]),
@@ -39,9 +41,9 @@ ENOUGH = 0.99  # of what the masks allow
 NEAR = 1e-4  # of the largest value
 
 
-def feeds(name: str) -> list[Feed]:
+def feeds(name: str, shapes: Shapes = SHAPES) -> list[Feed]:
     """Two of the first shape and one of the second."""
-    given, first, second = SHAPES[name]
+    given, first, second = shapes[name]
     random = np.random.default_rng(0)
     return [
         {given: random.standard_normal(shape).astype(np.float32)}

@@ -23,7 +23,7 @@ from tests.zoo.masks import Masked
 from tests.zoo.toolkit import Array
 
 
-class _Reader(CalibrationDataReader):
+class Reader(CalibrationDataReader):
     def __init__(self, feeds: Iterable[dict[str, Array]]) -> None:
         self._feeds = iter(feeds)
 
@@ -48,7 +48,7 @@ def quantize(
         quantize_static(
             copy.deepcopy(given.model),  # its weights may be moved to a file
             target,
-            _Reader(feeds),
+            Reader(feeds),
             quant_format=QuantFormat.QOperator if operators else QuantFormat.QDQ,
             per_channel=per_channel,
             activation_type=QuantType.QUInt8,

@@ -44,7 +44,7 @@ class SumSink(Sink):
         over = found.over(self.slot.axes, self.slot.dims)
         is_const = over.is_const.reshape(-1)
         self.values = np.where(is_const, over.values.reshape(-1), 0).astype(float)
-        self.free = is_const & (self.values == 0)
+        self.free = self.slot.zeros(found)
         if self.node.op_type == "ReduceSum" and a.is_float(self.slot.name):
             self.constant = is_const & (self._count is not None)
 

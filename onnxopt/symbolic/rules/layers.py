@@ -67,10 +67,8 @@ def conv(call: Call) -> list[Fact] | None:
     data, weight = call.inputs[0], call.inputs[1]
     if weight.dims is None:
         return [Fact(data.dtype)]
-    rank = len(weight.dims)
-    batch = data.dims[0] if data.dims is not None else call.fresh(0)
-    kernel = attributes.get(call.node, "kernel_shape") or weight.dims[2:]
-    extents = _extents(call, data.dims, tuple(kernel), rank)
+    batch, kernel = _batch_and_kernel(call, data, weight.dims)
+    extents = _extents(call, data.dims, kernel, len(weight.dims))
     dtype = TensorProto.INT32 if call.node.op_type == "ConvInteger" else data.dtype
     return [Fact(dtype, (batch, weight.dims[0], *extents))]
 
@@ -80,12 +78,15 @@ def conv_transpose(call: Call) -> list[Fact] | None:
     data, weight = call.inputs[0], call.inputs[1]
     if weight.dims is None:
         return [Fact(data.dtype)]
-    rank = len(weight.dims)
-    batch = data.dims[0] if data.dims is not None else call.fresh(0)
+    batch, kernel = _batch_and_kernel(call, data, weight.dims)
     channels = dim.multiply(weight.dims[1], attributes.get(call.node, "group", 1))
-    kernel = attributes.get(call.node, "kernel_shape") or weight.dims[2:]
-    extents = _grown(call, data.dims, tuple(kernel), rank - 2)
+    extents = _grown(call, data.dims, kernel, len(weight.dims) - 2)
     return [Fact(data.dtype, (batch, channels, *extents))]
+
+
+def _batch_and_kernel(call: Call, data: Fact, weight: Dims) -> tuple[Dim, Dims]:
+    batch = data.dims[0] if data.dims is not None else call.fresh(0)
+    return batch, tuple(attributes.get(call.node, "kernel_shape") or weight[2:])
 
 
 def _grown(call: Call, data: Dims | None, kernel: Dims, count: int) -> Dims:
