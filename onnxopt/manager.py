@@ -14,6 +14,7 @@ from onnxopt.errors import OnnxoptError, PassError
 from onnxopt.evaluate import Evaluator
 from onnxopt.graph import GraphView
 from onnxopt.model import Model
+from onnxopt.quantization.calibration import Calibration
 from onnxopt.report import Guarantee
 from onnxopt.target import TARGETS, Target
 
@@ -27,6 +28,7 @@ class Context(msgspec.Struct):
 
     target: Target = TARGETS["onnx"]
     evaluator: Evaluator = msgspec.field(default_factory=Evaluator)
+    calibration: Calibration | None = None
 
 
 class Pass(msgspec.Struct):

@@ -49,6 +49,7 @@ _HOMES = {
     "dead-layers": ("shrink.dead_layers", "DeadLayers"),
     "zero-channels": ("shrink.zero_channels", "ZeroChannels"),
     "merge-linear": ("shrink.merge_linear", "MergeLinear"),
+    "quantize-static": ("quantize.quantize_static", "QuantizeStatic"),
     "round-to-zero": ("shrink.round_to_zero", "RoundToZero"),
 }
 """Where each pass lies: its module in this package, and its class."""
@@ -108,7 +109,7 @@ _SIMPLIFY = (
     "div-to-mul",
 )
 
-ON_REQUEST = ("inline-functions", "round-to-zero")
+ON_REQUEST = ("inline-functions", "round-to-zero", "quantize-static")
 """Passes of no recipe that comes with onnxopt: they change what a user may want kept."""
 
 _SHRINK = ("dead-layers", "zero-channels", "merge-linear")
