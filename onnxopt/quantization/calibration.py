@@ -78,14 +78,15 @@ class Calibration(msgspec.Struct):
             ):
                 for number, lot in enumerate(lots):
                     part = taps.write(lot, Path(folder) / "taps.onnx")
-                    session = worker.load(part, self._spec())
+                    session = worker.load(part, self.spec())
                     found |= self._lot(session, lot, number, store)
                     session.close()
         finally:
             taps.close()
         return found
 
-    def _spec(self) -> SessionSpec:
+    def spec(self) -> SessionSpec:
+        """How the model is loaded."""
         return SessionSpec(
             self.provider,
             "enable_all",
@@ -229,4 +230,3 @@ def _add_feed(chain: Any, feed: Feed) -> None:
         array = np.ascontiguousarray(feed[name])
         chain.update(f"{name}{array.dtype}{array.shape}".encode())
         chain.update(array.tobytes() if array.dtype == object else array.data)
-

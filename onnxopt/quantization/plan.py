@@ -81,9 +81,9 @@ class Plan(msgspec.Struct):
     skipped: list[tuple[NodeProto, str]]
 
     @property
-    def values(self) -> list[str]:
-        """All values that are quantized, in the order in which they were found."""
-        return list(self.root)
+    def roots(self) -> list[str]:
+        """The values that have parameters of their own."""
+        return list(dict.fromkeys(self.root.values()))
 
 
 def plan(graph: GraphView, keep: Exclusion | None = None) -> Plan:

@@ -65,9 +65,7 @@ def percentile(
     return _spanned(max(low, seen.low), min(high, seen.high), symmetric)
 
 
-def mean_square(
-    seen: Histogram, levels: int = 256, symmetric: bool = False
-) -> Range:
+def mean_square(seen: Histogram, levels: int = 256, symmetric: bool = False) -> Range:
     """The range whose quantization error, squared and summed, is least.
 
     The error of what lies inside is that of rounding, step^2 / 12 each; zeros have none;

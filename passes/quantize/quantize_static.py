@@ -28,6 +28,7 @@ from tempfile import TemporaryDirectory
 from typing import ClassVar, Literal
 
 import numpy as np
+from onnx import NodeProto
 
 from onnxopt.edit import Edit
 from onnxopt.errors import UsageError
@@ -35,17 +36,21 @@ from onnxopt.graph import GraphView
 from onnxopt.manager import Context, Pass
 from onnxopt.model import Model
 from onnxopt.quantization import parameters
-from onnxopt.quantization.linear import quantize
+from onnxopt.quantization.calibration import Calibration, Seen
+from onnxopt.quantization.moments import Moments, layer_moments
 from onnxopt.quantization.parameters import Parameters
 from onnxopt.quantization.plan import Exclusion, Layer, Plan, plan
 from onnxopt.quantization.ranges import METHODS, Range
-from onnxopt.quantization.weight_scales import symmetric_scales
+from onnxopt.quantization.rounding import Rounded, rounded_weight
 from onnxopt.report import Guarantee
 from onnxopt.save import stage
+from onnxopt.target import Target
 from onnxopt.weights import Array
 
 LARGEST = 127
-_LEAST_STEP = 1e-12
+REDUCED = 63
+"""The largest codes: of 8 bits, and of 7, whose products two by two fit 16 bits."""
+LEAST_STEP = 1e-12
 
 
 class QuantizeStatic(Pass):
@@ -55,6 +60,8 @@ class QuantizeStatic(Pass):
     guarantee: ClassVar[Guarantee] = "lossy"
     activations: Literal["mse", "minmax", "average", "percentile", "entropy"] = "mse"
     weights: Literal["mse", "minmax"] = "mse"
+    rounding: Literal["nearest", "gptq"] = "gptq"
+    reduce_range: bool = True
     exclude: tuple[str, ...] = ()
 
     def run_model(self, model: Model, context: Context) -> None:
@@ -67,94 +74,103 @@ class QuantizeStatic(Pass):
             graph.skip(node, reason)
         if not made.layers:
             return
-        chosen = self._parameters(model, made, context)
+        seen, moments = self._measured(model, made, context.calibration)
+        chosen = self._parameters(graph, made, seen, context.target)
         for layer in made.layers:
-            given = chosen.get(made.root[layer.node.input[0]])
-            if given is not None:
-                _quantize_layer(graph, layer, given, self.weights)
+            given = chosen[made.root[layer.node.input[0]]]
+            self._quantize_layer(graph, layer, given, moments.get(layer.node.output[0]))
         for name, root in made.root.items():
-            if root in chosen:
-                _quantize_value(graph, name, chosen[root])
+            _quantize_value(graph, name, chosen[root])
 
-    def _parameters(
-        self, model: Model, made: Plan, context: Context
-    ) -> dict[str, Parameters]:
-        """Of each value that has its own: calibrated, or from the constant that it is."""
+    def _measured(
+        self, model: Model, made: Plan, calibration: Calibration
+    ) -> tuple[Seen, dict[str, Moments]]:
+        """What the values are on the data, and the moments of what layers read."""
         graph = model.main
-        names = list(dict.fromkeys(made.root.values()))
-        computed = [name for name in names if graph.weight(name) is None]
-        assert context.calibration is not None
+        names = [name for name in made.roots if graph.weight(name) is None]
         with TemporaryDirectory(prefix="onnxopt-") as folder:
             path = Path(folder) / "float.onnx"
             stage(model, path, hashes=False).commit()
-            seen = context.calibration.run(path, computed)
-        signed = context.target.activation == "int8"
-        symmetric = context.target.name == "tensorrt"
+            seen = calibration.run(path, names)
+            moments: dict[str, Moments] = {}
+            if self.rounding == "gptq":
+                nodes = [layer.node for layer in made.layers]
+                moments = layer_moments(path, nodes, calibration)
+        return seen, moments
+
+    def _parameters(
+        self, graph: GraphView, made: Plan, seen: Seen, target: Target
+    ) -> dict[str, Parameters]:
+        """Of each value that has its own: calibrated, or from the constant that it is."""
+        signed, symmetric = target.activation == "int8", target.name == "tensorrt"
         found: dict[str, Parameters] = {}
-        for name in names:
+        for name in made.roots:
             if name in seen:
                 span = METHODS[self.activations](seen[name], 256, symmetric)
             else:
                 array = graph.array(name)
-                if array is None or not array.size:
-                    continue
-                span = Range(min(float(array.min()), 0.0), max(float(array.max()), 0.0))
-            found[name] = asymmetric(span, signed=signed, symmetric=symmetric)
+                assert array is not None
+                low, high = (float(end(initial=0.0)) for end in (array.min, array.max))
+                span = Range(low, high)
+            found[name] = per_tensor(span, signed=signed, symmetric=symmetric)
         return found
 
+    def _quantize_layer(
+        self, graph: GraphView, layer: Layer, given: Parameters, moments: Moments | None
+    ) -> None:
+        """Codes for its weight and its bias, each behind a DequantizeLinear."""
+        node = layer.node
+        weight = graph.array(node.input[1])
+        assert weight is not None
+        largest = LARGEST if not self.reduce_range else REDUCED
+        made = rounded_weight(weight, layer.axis, largest, self.weights, moments)
+        edit = Edit(graph, node)
+        edit.set_input(
+            node, 1, _dequantized(edit, node.input[1], made.codes, made.parameters)
+        )
+        if node.op_type != "MatMul":
+            _quantize_bias(graph, edit, node, given, made)
+        graph.apply(edit, "its weight is quantized")
 
-def asymmetric(span: Range, *, signed: bool, symmetric: bool) -> Parameters:
-    """Per-tensor 8-bit parameters that span a range, with an exact code for zero."""
+
+def per_tensor(span: Range, *, signed: bool, symmetric: bool) -> Parameters:
+    """8-bit parameters that span a range, with an exact code for zero."""
     dtype = np.int8 if signed else np.uint8
     limits = np.iinfo(dtype)
     if symmetric:
-        step = max(span.high, -span.low) / LARGEST
-        zero = 0
+        step, zero = max(span.high, -span.low) / LARGEST, 0
     else:
-        step = (span.high - span.low) / (limits.max - limits.min)
-        step = max(step, _LEAST_STEP)
+        step = max((span.high - span.low) / (limits.max - limits.min), LEAST_STEP)
         zero = int(np.clip(round(limits.min - span.low / step), limits.min, limits.max))
-    scale = np.array(max(step, _LEAST_STEP), np.float32)
-    return Parameters(scale, np.array(zero, dtype))
+    return Parameters(np.array(max(step, LEAST_STEP), np.float32), np.array(zero, dtype))
 
 
-def _quantize_layer(
-    graph: GraphView,
-    layer: Layer,
-    given: Parameters,
-    method: Literal["mse", "minmax"],
+def _quantize_bias(
+    graph: GraphView, edit: Edit, node: NodeProto, given: Parameters, made: Rounded
 ) -> None:
-    """Codes for its weight and its bias, each behind a DequantizeLinear."""
-    node = layer.node
-    assert layer.weight is not None
-    weight = graph.array(node.input[layer.weight])
-    assert weight is not None
-    scales = symmetric_scales(weight, layer.axis, LARGEST, method)
-    made = Parameters(scales, np.zeros(scales.shape, np.int8), layer.axis)
-    edit = Edit(graph, node)
-    codes = _codes(weight, made)
-    edit.set_input(node, layer.weight, _dequantized(edit, node.input[1], codes, made))
-    if layer.bias is not None:
-        bias = graph.array(node.input[layer.bias])
-        assert bias is not None
-        step = (given.scale * scales).astype(np.float32)
-        with np.errstate(over="ignore"):
-            whole = np.rint(bias.astype(np.float64) / step)
-        limits = np.iinfo(np.int32)
-        if np.abs(whole).max(initial=0) < limits.max:
-            zeros = np.zeros(step.shape, np.int32)
-            parameters_ = Parameters(step, zeros, 0)
-            name = node.input[layer.bias]
-            codes = whole.astype(np.int32)
-            edit.set_input(node, layer.bias, _dequantized(edit, name, codes, parameters_))
-    graph.apply(edit, "its weight is quantized")
+    """In int32 steps of input scale x weight scale, where these hold it; else in float.
 
-
-def _codes(weight: Array, made: Parameters) -> Array:
-    """Within -127..127: the scale may cut the largest."""
-    codes = quantize(weight.astype(np.float32), made.scale, made.zero_point, made.axis)
-    assert codes is not None
-    return np.asarray(np.maximum(codes, -LARGEST))
+    What the rounding of the weight shifts is taken out of it.
+    """
+    has_bias = len(node.input) > 2 and bool(node.input[2])
+    name = node.input[2] if has_bias else f"{node.input[1]}_bias"
+    bias = graph.array(name) if has_bias else None
+    values = (
+        np.zeros(len(made.parameters.scale)) if bias is None else bias.astype(np.float64)
+    )
+    if made.shift is not None:
+        values = values + made.shift
+    elif bias is None:
+        return
+    step = (given.scale * made.parameters.scale).astype(np.float32)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        whole = np.rint(values / step)
+    if (np.abs(whole) < np.iinfo(np.int32).max).all():
+        held = Parameters(step, np.zeros(step.shape, np.int32), 0)
+        stored = _dequantized(edit, name, whole.astype(np.int32), held)
+    else:
+        stored = edit.add_weight(values.astype(np.float32), name)
+    edit.set_input(node, 2, stored)
 
 
 def _dequantized(edit: Edit, name: str, codes: Array, made: Parameters) -> str:
@@ -174,4 +190,3 @@ def _quantize_value(graph: GraphView, name: str, made: Parameters) -> None:
     for use in uses:
         edit.set_input(use.node, use.index, value)
     graph.apply(edit, "a layer that is quantized reads or makes it")
-
