@@ -1,7 +1,8 @@
 """Rounding a weight against what its layer reads: GPTQ.
 
 Codes are chosen one input at a time; the error that one leaves is taken out by those that
-are still free, in the measure in which their inputs go together.
+are still free, in the measure in which their inputs go together. All groups of a layer
+are swept at once.
 
 Source: Frantar et al., GPTQ: Accurate Post-Training Quantization (algorithm 1),
 https://arxiv.org/abs/2210.17323; the order by diag(H) is its authors' `act_order`.
@@ -9,10 +10,12 @@ https://arxiv.org/abs/2210.17323; the order by diag(H) is its authors' `act_orde
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.floating[Any]]
 Codes = npt.NDArray[np.int64]
 
 DAMPING = 0.01
@@ -23,55 +26,60 @@ _BLOCK = 64
 def rounded(
     weight: Floats, moments: Floats, scales: Floats, low: int, high: int
 ) -> Codes:
-    """Codes [outputs, inputs] with least error of the layer's output.
+    """Codes [groups, outputs, inputs] with least error of the layer's output.
 
-    `weight` [outputs, inputs]; `moments` [inputs, inputs], the sum of x x^T over what the
-    layer read; `scales` [outputs, inputs], the step of each weight; zero point 0. Returns
-    round-to-nearest codes where the moments say nothing.
+    `weight` is of that shape; `moments` [groups, inputs, inputs], the sums of x x^T over
+    what the groups read; `scales` broadcasts to the weight, the step of each; zero point
+    0. A group whose moments say nothing is rounded to nearest.
     """
-    order = np.argsort(-np.diag(moments), kind="stable")
-    upper = _inverse_factor(moments[np.ix_(order, order)])
-    if upper is None:
-        return _nearest(weight, scales, low, high)
+    scales = np.broadcast_to(scales, weight.shape)
+    order = np.argsort(-np.diagonal(moments, axis1=1, axis2=2), kind="stable")
+    rows, columns = order[:, :, None], order[:, None, :]
+    groups = np.arange(len(weight))[:, None, None]
+    upper = _inverse_factors(moments[groups, rows, columns])
     codes = np.empty(weight.shape, np.int64)
-    codes[:, order] = _swept(weight[:, order], upper, scales[:, order], low, high)
+    swept = _swept(
+        np.take_along_axis(weight, columns, axis=2),
+        upper,
+        np.take_along_axis(scales, columns, axis=2),
+        low,
+        high,
+    )
+    np.put_along_axis(codes, np.broadcast_to(columns, codes.shape), swept, axis=2)
     return codes
 
 
-def _nearest(weight: Floats, scales: Floats, low: int, high: int) -> Codes:
-    return np.clip(np.rint(weight / scales), low, high).astype(np.int64)
+def _inverse_factors(moments: Floats) -> Floats:
+    """Upper Cholesky factors of the inverses; the identity where there is none.
+
+    With the identity no error is carried on: that is rounding to nearest.
+    """
+    size = moments.shape[-1]
+    means = np.trace(moments, axis1=1, axis2=2) / max(size, 1)
+    known = np.isfinite(means) & (means > 0)
+    damped = np.where(known[:, None, None], moments, np.eye(size))
+    damped = damped + np.eye(size) * (DAMPING * np.where(known, means, 1.0))[:, None, None]
+    # H^-1 = U^T U with U upper: the inverse of the factor of H read from the other end
+    flipped = np.linalg.cholesky(damped[:, ::-1, ::-1])[:, ::-1, ::-1]
+    return np.asarray(np.linalg.inv(flipped))
 
 
-def _inverse_factor(moments: Floats) -> Floats | None:
-    """The upper Cholesky factor of the inverse, None where there is none."""
-    diagonal = np.diag(moments)
-    mean = float(diagonal.mean()) if len(diagonal) else 0.0
-    if not np.isfinite(mean) or mean <= 0:
-        return None
-    damped = moments + np.eye(len(moments)) * (DAMPING * mean)
-    try:
-        lower = np.linalg.cholesky(damped)
-        inverse = np.linalg.inv(lower)
-        return np.asarray(np.linalg.cholesky(inverse.T @ inverse).T)
-    except np.linalg.LinAlgError:
-        return None
-
-
-def _swept(weight: Floats, upper: Floats, scales: Floats, low: int, high: int) -> Codes:
-    """Column by column, the error carried to the right, block by block."""
+def _swept(weight: Floats, upper: Floats, scales: Floats, low: int, high: int) -> Floats:
+    """Input by input, the error carried to the right, block by block."""
     weight = weight.copy()
-    codes = np.empty(weight.shape, np.int64)
-    count = weight.shape[1]
+    codes = np.empty(weight.shape)
+    count = weight.shape[2]
     for start in range(0, count, _BLOCK):
         end = min(start + _BLOCK, count)
-        errors = np.empty((len(weight), end - start))
+        errors = np.empty((*weight.shape[:2], end - start))
         for column in range(start, end):
-            step = scales[:, column]
-            code = np.clip(np.rint(weight[:, column] / step), low, high)
-            codes[:, column] = code
-            error = (weight[:, column] - code * step) / upper[column, column]
+            step = scales[:, :, column]
+            code = np.clip(np.rint(weight[:, :, column] / step), low, high)
+            codes[:, :, column] = code
+            error = weight[:, :, column] - code * step
+            error /= upper[:, None, column, column]
             ahead = slice(column + 1, end)
-            weight[:, ahead] -= error[:, None] * upper[column, ahead]
-            errors[:, column - start] = error
-        weight[:, end:] -= errors @ upper[start:end, end:]
+            weight[:, :, ahead] -= error[:, :, None] * upper[:, None, column, ahead]
+            errors[:, :, column - start] = error
+        weight[:, :, end:] -= errors @ upper[:, start:end, end:]
     return codes

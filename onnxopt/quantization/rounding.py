@@ -60,14 +60,9 @@ def _by_moments(
 ) -> tuple[Floats, Floats]:
     """Group by group: the outputs of a group read the inputs of that group."""
     groups = len(moments.products)
-    size = len(rows) // groups
-    codes = np.empty(rows.shape)
-    shift = np.empty(len(rows))
-    for group in range(groups):
-        part = slice(group * size, (group + 1) * size)
-        codes[part] = gptq.rounded(
-            rows[part], moments.products[group], steps[part], -largest, largest
-        )
-        error = rows[part] - codes[part] * steps[part]
-        shift[part] = error @ moments.means[group]
-    return codes, shift
+    shape = (groups, len(rows) // groups, rows.shape[1])
+    weight, scales = rows.reshape(shape), steps.reshape(shape)
+    codes = gptq.rounded(weight, moments.products, scales, -largest, largest)
+    error = weight - codes * scales
+    shift = np.einsum("goi,gi->go", error, moments.means)
+    return codes.reshape(rows.shape).astype(np.float64), shift.reshape(-1)
