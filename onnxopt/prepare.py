@@ -161,9 +161,12 @@ def _raised(old: ModelProto, converted: ModelProto, version: int) -> ModelProto:
 def _take_over(graph: GraphProto, converted: GraphProto, listed: bool) -> None:
     """Give `graph` the nodes of the converted one, and the weights that are new."""
     makers = {name: node for node in graph.node for name in node.output if name}
+    taken = {node.name for node in graph.node if node.name}
     nodes = []
     for after in converted.node:
         before = makers.get(next(filter(None, after.output), ""))
+        if before is None:
+            _name_apart(after, taken)
         nodes.append(after if before is None else _updated(before, after, listed))
     del graph.node[:]
     graph.node.extend(nodes)
@@ -177,6 +180,18 @@ def _take_over(graph: GraphProto, converted: GraphProto, listed: bool) -> None:
                         tensor.name, tensor.data_type, tensor.dims
                     )
                 )
+
+
+def _name_apart(node: NodeProto, taken: set[str]) -> None:
+    """Another name where it is taken: the converter gives that of what it replaces.
+
+    ONNX Runtime refuses a model in which two nodes have one name.
+    """
+    name, number = node.name, 0
+    while node.name and node.name in taken:
+        number += 1
+        node.name = f"{name}_{node.op_type}_{number}"
+    taken.add(node.name)
 
 
 def _updated(before: NodeProto, after: NodeProto, listed: bool) -> NodeProto:

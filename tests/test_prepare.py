@@ -234,6 +234,16 @@ def test_operators_that_change_still_compute_the_same(name: str) -> None:
     assert_equal(run(made, x()), run(source, x()))
 
 
+def test_what_the_converter_adds_takes_no_name_that_is_taken() -> None:
+    node = make_node("Softmax", ["x"], ["y"], name="soft", axis=1)
+    made = raised(make_model([node], opset=11), 13)
+    names = [node.name for node in made.graph.node if node.name]
+    assert len(names) > 1
+    assert len(set(names)) == len(names)
+    assert "soft" in names
+    assert_equal(run(made, x()), run(make_model([node], opset=11), x()))
+
+
 def test_what_a_changed_operator_is_called_and_told_stays() -> None:
     node = make_node("ReduceSum", ["x"], ["y"], name="sum", axes=[1], doc_string="doc")
     node.metadata_props.add(key="k", value="v")
