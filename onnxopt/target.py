@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import platform
+import re
+from pathlib import Path
 
 import msgspec
 
@@ -13,13 +16,16 @@ class Target(msgspec.Struct, frozen=True):
     """What a deployment runtime runs well.
 
     `domains` are those that a pass may emit beyond the model's own; `activation` and
-    `weight` are the 8-bit types of its QDQ layout (None: no QDQ on activations).
+    `weight` are the 8-bit types of its QDQ layout (None: no QDQ on activations). Where it
+    `adds_pairs`, its kernels add two products of uint8 and int8 in 16 bits, which
+    saturates: weights must not use more than 7 bits then.
     """
 
     name: str
     domains: frozenset[str] = frozenset({""})
     activation: str | None = "uint8"
     weight: str = "int8"
+    adds_pairs: bool = False
 
 
 _ORT = frozenset({"", "com.microsoft"})
@@ -43,4 +49,21 @@ def target(name: str) -> Target:
     if name not in TARGETS:
         known = ", ".join(sorted([*TARGETS, "ort-cpu"]))
         raise UsageError(f"unknown target {name!r}; there are {known}")
+    if name == "ort-cpu-x86":
+        return msgspec.structs.replace(TARGETS[name], adds_pairs=not _has_vnni())
     return TARGETS[name]
+
+
+@functools.cache
+def _has_vnni() -> bool:
+    """Whether this machine multiplies uint8 by int8 without a sum in 16 bits.
+
+    Where it does not say (only Linux does), it is taken not to.
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8", "replace")
+    except OSError:
+        return False
+    flags = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    known = set(flags[1].split()) if flags else set()
+    return not known.isdisjoint({"avx512_vnni", "avx_vnni"})

@@ -58,7 +58,8 @@ def _inverse_factors(moments: Floats) -> Floats:
     means = np.trace(moments, axis1=1, axis2=2) / max(size, 1)
     known = np.isfinite(means) & (means > 0)
     damped = np.where(known[:, None, None], moments, np.eye(size))
-    damped = damped + np.eye(size) * (DAMPING * np.where(known, means, 1.0))[:, None, None]
+    added = DAMPING * np.where(known, means, 1.0)
+    damped = damped + np.eye(size) * added[:, None, None]
     # H^-1 = U^T U with U upper: the inverse of the factor of H read from the other end
     flipped = np.linalg.cholesky(damped[:, ::-1, ::-1])[:, ::-1, ::-1]
     return np.asarray(np.linalg.inv(flipped))

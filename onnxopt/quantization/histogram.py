@@ -1,9 +1,9 @@
 """A histogram of unbounded range, in constant memory: what calibration keeps of a value.
 
-Bins are equal and cover (-limit, limit), where `limit` is a power of two that doubles when
-a value lies beyond it: neighbouring bins then merge in pairs. Two histograms of any ranges
-merge exactly, so samples can be counted in any order, in lots and by several workers, and
-the sum is the same.
+Bins are equal and cover (-limit, limit), where `limit` is a power of two that doubles
+when a value lies beyond it: neighbouring bins then merge in pairs. Two histograms of any
+ranges merge exactly, so samples can be counted in any order, in lots and by several
+workers, and the sum is the same.
 
 Imports NumPy alone, for worker processes count.
 """
@@ -125,7 +125,8 @@ class Histogram:
     def centers(self) -> npt.NDArray[np.float64]:
         """The middle of each bin."""
         width = 2 * self.limit / BINS
-        return (np.arange(BINS) + 0.5) * width - self.limit
+        middles = np.arange(BINS, dtype=np.float64) + 0.5
+        return np.asarray(middles * width - self.limit, np.float64)
 
     def to_parts(self) -> tuple[dict[str, Any], Counts]:
         """A JSON-able head and the counts: how it travels, and is cached."""

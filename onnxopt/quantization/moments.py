@@ -106,10 +106,10 @@ def _lots(path: Path, nodes: Sequence[NodeProto]) -> list[list[tuple[NodeProto, 
 
 
 def _size(taps: TapModel, node: NodeProto) -> _Size | None:
-    shape = taps.graph.shape(node.input[1])
-    if shape is None or any(not isinstance(dim, int) for dim in shape):
+    weight = taps.graph.weight(node.input[1])
+    if weight is None:
         return None
-    dims = [int(dim) for dim in shape]
+    dims = list(weight.dims)
     if node.op_type == "Conv":
         return _Size(int(attributes.get(node, "group", 1)), math.prod(dims[1:]))
     transposed = node.op_type == "Gemm" and attributes.get(node, "transB", 0)
@@ -135,7 +135,8 @@ class _Prober:
     def __init__(self, taps: TapModel, node: NodeProto, size: _Size, prefix: str) -> None:
         self.node, self.size, self.prefix = node, size, prefix
         self.shape = taps.graph.shape(node.output[0])
-        self.kernel = [int(dim) for dim in (taps.graph.shape(node.input[1]) or ())[2:]]
+        weight = taps.graph.weight(node.input[1])
+        self.kernel = list(weight.dims[2:]) if weight is not None else []
         self.made = Probe([], [], [])
 
     def probe(self) -> Probe:

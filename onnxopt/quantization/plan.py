@@ -6,8 +6,8 @@ between them follows where all that it reads is quantized anyway and its result 
 an elementwise operator then runs on codes, and one that only moves data shares the
 parameters of what it moves.
 
-Nothing is quantized for its own sake: a pair of QuantizeLinear and DequantizeLinear around
-an operator that has no integer kernel costs time and accuracy.
+Nothing is quantized for its own sake: a pair of QuantizeLinear and DequantizeLinear
+around an operator that has no integer kernel costs time and accuracy.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Plan(msgspec.Struct):
 
 
 def plan(graph: GraphView, keep: Exclusion | None = None) -> Plan:
-    """The plan for `graph`, whose constants are folded; what `keep` covers stays float."""
+    """The plan for `graph`, its constants folded; what `keep` covers stays float."""
     made = Plan([], {}, [])
     keep = keep or Exclusion()
     for node in graph.nodes(LAYERS):
@@ -173,16 +173,13 @@ def _matmul(graph: GraphView, node: NodeProto) -> Layer | str:
 
 def activated(graph: GraphView, node: NodeProto) -> str:
     """The value behind `node` and the Relu or Clip that its kernel can do, if any."""
-    use = graph.only_use(node.output[0])
+    made = str(node.output[0])
+    use = graph.only_use(made)
     if use is None or use.view is not graph or use.index != 0:
-        return node.output[0]
-    if graph.op(use.node) == "Relu":
-        return use.node.output[0]
-    if graph.op(use.node) == "Clip":
-        bounds = clip_bounds(graph, use.node)
-        if bounds is not None and bounds[0] == 0:
-            return use.node.output[0]
-    return node.output[0]
+        return made
+    bounds = clip_bounds(graph, use.node) if graph.op(use.node) == "Clip" else None
+    absorbed = graph.op(use.node) == "Relu" or (bounds is not None and bounds[0] == 0)
+    return str(use.node.output[0]) if absorbed else made
 
 
 def _follow(graph: GraphView, wanted: dict[str, None], keep: Exclusion) -> None:

@@ -108,7 +108,7 @@ def _symmetric_mean_square(seen: Histogram, levels: int) -> Range:
 
 
 class _Tails:
-    """Sums over what lies beyond an end: how many elements, and their squared distance."""
+    """Sums over what lies beyond an end: the number, and the squared distance."""
 
     def __init__(self, seen: Histogram) -> None:
         self.centers = seen.centers()

@@ -1,7 +1,7 @@
 """The integer weight and the bias of one layer: scales, codes, and what these leave.
 
 Weights are symmetric, one scale per output channel. With the moments of what the layer
-reads, codes are chosen by GPTQ, and the mean of the error that is left goes into the bias.
+reads, codes are chosen by GPTQ, and the mean of the error left goes into the bias.
 
 Source of the bias correction: Nagel et al., Data-Free Quantization, section 4.2
 (https://arxiv.org/abs/1906.04721), with the measured mean of the inputs.

@@ -1,4 +1,4 @@
-"""Scales for weights: symmetric, per tensor or per channel, whole range or least error."""
+"""Scales for weights: symmetric, per tensor or channel, whole range or least error."""
 
 from __future__ import annotations
 

@@ -11,10 +11,13 @@
 1. Which values and weights: `onnxopt.quantization.plan`; what is left in float is
    reported with the reason.
 2. Activations per tensor, in the target's type (ort-cpu-x86: uint8, zero point free;
-   ort-cpu-arm and tensorrt: int8, symmetric for tensorrt), by the range that `activations`
-   names: `mse`, `minmax`, `average`, `percentile` or `entropy`.
+   ort-cpu-arm and tensorrt: int8, symmetric for tensorrt), by the range that
+   `activations` names: `mse`, `minmax`, `average`, `percentile` or `entropy`.
 3. Weights symmetric, int8, per output channel, with the scale of least squared error
-   (`weights: mse`) or of the largest magnitude (`minmax`).
+   (`weights: mse`) or of the largest magnitude (`minmax`); codes by GPTQ against what the
+   layer reads (`rounding: gptq`), the mean of what is left in the bias, or to nearest.
+4. 7 bits of weights (`reduce_range`) where the target's kernels would saturate with 8.
+   Depthwise convolutions have a kernel that does not.
 
 Source: Jacob et al., Quantization and Training of Neural Networks
 (https://arxiv.org/abs/1712.05877); Nagel et al., A White Paper on Neural Network
@@ -30,6 +33,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from onnx import NodeProto
 
+from onnxopt import attributes
 from onnxopt.edit import Edit
 from onnxopt.errors import UsageError
 from onnxopt.graph import GraphView
@@ -51,6 +55,10 @@ LARGEST = 127
 REDUCED = 63
 """The largest codes: of 8 bits, and of 7, whose products two by two fit 16 bits."""
 LEAST_STEP = 1e-12
+_REDUCED_NOTE = (
+    "weights have 7 bits: without VNNI, ONNX Runtime's kernels add two products of uint8 "
+    "and int8 in 16 bits, which saturates with 8"
+)
 
 
 class QuantizeStatic(Pass):
@@ -61,7 +69,7 @@ class QuantizeStatic(Pass):
     activations: Literal["mse", "minmax", "average", "percentile", "entropy"] = "mse"
     weights: Literal["mse", "minmax"] = "mse"
     rounding: Literal["nearest", "gptq"] = "gptq"
-    reduce_range: bool = True
+    reduce_range: bool | None = None
     exclude: tuple[str, ...] = ()
 
     def run_model(self, model: Model, context: Context) -> None:
@@ -76,9 +84,17 @@ class QuantizeStatic(Pass):
             return
         seen, moments = self._measured(model, made, context.calibration)
         chosen = self._parameters(graph, made, seen, context.target)
+        reduced = self.reduce_range
+        if reduced is None:
+            reduced = context.target.adds_pairs
+        if reduced:
+            model.notes.append(_REDUCED_NOTE)
         for layer in made.layers:
             given = chosen[made.root[layer.node.input[0]]]
-            self._quantize_layer(graph, layer, given, moments.get(layer.node.output[0]))
+            found = moments.get(layer.node.output[0])
+            depthwise = _is_depthwise(graph, layer.node)
+            largest = REDUCED if reduced and not depthwise else LARGEST
+            self._quantize_layer(graph, layer, given, found, largest)
         for name, root in made.root.items():
             _quantize_value(graph, name, chosen[root])
 
@@ -116,21 +132,32 @@ class QuantizeStatic(Pass):
         return found
 
     def _quantize_layer(
-        self, graph: GraphView, layer: Layer, given: Parameters, moments: Moments | None
+        self,
+        graph: GraphView,
+        layer: Layer,
+        given: Parameters,
+        moments: Moments | None,
+        largest: int,
     ) -> None:
         """Codes for its weight and its bias, each behind a DequantizeLinear."""
         node = layer.node
         weight = graph.array(node.input[1])
         assert weight is not None
-        largest = LARGEST if not self.reduce_range else REDUCED
         made = rounded_weight(weight, layer.axis, largest, self.weights, moments)
         edit = Edit(graph, node)
-        edit.set_input(
-            node, 1, _dequantized(edit, node.input[1], made.codes, made.parameters)
-        )
+        stored = _dequantized(edit, node.input[1], made.codes, made.parameters)
+        edit.set_input(node, 1, stored)
         if node.op_type != "MatMul":
             _quantize_bias(graph, edit, node, given, made)
         graph.apply(edit, "its weight is quantized")
+
+
+def _is_depthwise(graph: GraphView, node: NodeProto) -> bool:
+    """Whether a kernel of its own runs it, which does not add products in pairs."""
+    weight = graph.weight(node.input[1])
+    if weight is None or node.op_type != "Conv" or weight.dims[1] != 1:
+        return False
+    return bool(attributes.get(node, "group", 1) == weight.dims[0] > 1)
 
 
 def per_tensor(span: Range, *, signed: bool, symmetric: bool) -> Parameters:
@@ -155,9 +182,9 @@ def _quantize_bias(
     has_bias = len(node.input) > 2 and bool(node.input[2])
     name = node.input[2] if has_bias else f"{node.input[1]}_bias"
     bias = graph.array(name) if has_bias else None
-    values = (
-        np.zeros(len(made.parameters.scale)) if bias is None else bias.astype(np.float64)
-    )
+    values = np.zeros(len(made.parameters.scale))
+    if bias is not None:
+        values = bias.astype(np.float64)
     if made.shift is not None:
         values = values + made.shift
     elif bias is None:
