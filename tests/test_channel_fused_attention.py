@@ -1,0 +1,404 @@
+"""Fused attention of which parts are masked: what is zero by construction goes, exactly.
+
+Each operator in each of its forms, with masks that agree between heads or not. What has
+to be left is worked out here from the masks alone; no code is shared with
+`onnxopt.channels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper
+
+from onnxopt import attributes
+from onnxopt.evaluate import Evaluator
+from onnxopt.manager import Context
+from onnxopt.model import Model
+from tests import support
+from tests.test_channel_attention import Net, check
+
+Mask = NDArray[np.bool_]
+MICROSOFT = "com.microsoft"
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Context]:
+    """One context, so that all share one worker process."""
+    with Evaluator() as evaluator:
+        yield Context(evaluator=evaluator)
+
+
+# ---- what is masked, and what that leaves ----
+
+
+@dataclass
+class Masks:
+    """True where a column of Q, K or V is zero, or where no row of O reads the result.
+
+    [heads, dims] of queries and of the result, [key heads, dims] of keys and values.
+    """
+
+    q: Mask
+    k: Mask
+    v: Mask
+    o: Mask
+
+    @classmethod
+    def none(cls, heads: int, keys: int, scores: int, values: int) -> Masks:
+        """Nothing is masked."""
+        shapes = (heads, scores), (keys, scores), (keys, values), (heads, values)
+        return cls(*(np.zeros(shape, bool) for shape in shapes))
+
+    @classmethod
+    def drawn(
+        cls, rng: Any, sizes: tuple[int, int, int, int], share: float, agree: bool
+    ) -> Masks:
+        """About a share of heads and dims each; where they do not `agree`, of columns."""
+        made = cls.none(*sizes)
+        keys, scores, values = sizes[1:]
+        group = sizes[0] // keys
+        if not agree:
+            for mask in (made.q, made.k, made.v, made.o):
+                mask[rng.random(mask.shape) < share / 2] = True
+        for head in rng.permutation(keys)[: min(keys - 1, round(keys * share))]:
+            if rng.random() < 0.5:
+                made.v[head] = True
+            else:
+                made.o[head * group : (head + 1) * group] = True
+        for key in range(keys):
+            for head in rng.permutation(group)[: round((group - 1) * share)]:
+                made.o[key * group + head] = True
+        for dim in rng.permutation(scores)[: min(scores - 1, round(scores * share))]:
+            (made.q if rng.random() < 0.5 else made.k)[:, dim] = True
+        for dim in rng.permutation(values)[: min(values - 1, round(values * share))]:
+            (made.v if rng.random() < 0.5 else made.o)[:, dim] = True
+        if not agree:  # what is left of nothing is another matter
+            head, dim = int(rng.integers(sizes[0])), int(rng.integers(values))
+            made.o[head, dim] = made.v[head // group, dim] = False
+        return made
+
+
+@dataclass(frozen=True)
+class Left:
+    """What an attention has in the end: heads, heads of keys, dims of both."""
+
+    heads: int
+    keys: int
+    scores: int
+    values: int
+
+
+def left(m: Masks, same: bool = False, step: int = 1) -> Left:
+    """`same`: keys and values have equally many dims, a multiple of `step`."""
+    keys, group = len(m.k), len(m.q) // len(m.k)
+    dead = (np.repeat(m.v, group, axis=0) | m.o).all(axis=1).reshape(keys, group)
+    lives = ~dead.all(axis=1)
+    assert lives.any(), "a case in which all goes says nothing"
+    fewer = int(dead[lives].sum(axis=1).min())  # each group can lose others
+    reads = (~dead).reshape(-1)
+    scores = (m.q | np.repeat(m.k, group, axis=0))[reads].all(axis=0)
+    values = (np.repeat(m.v, group, axis=0) | m.o)[reads].all(axis=0)
+    gone = [min(int(mask.sum()), mask.size - 1) for mask in (scores, values)]
+    if same:
+        count = min(gone)
+        while count and (len(scores) - count) % step:
+            count -= 1
+        gone = [count, count]
+    kept = int(lives.sum())
+    heads = kept * (group - fewer)
+    return Left(heads, kept, len(scores) - gone[0], len(values) - gone[1])
+
+
+# ---- building ----
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of an operator: heads, key heads, dims of scores and of values, and how."""
+
+    op: str
+    sizes: tuple[int, int, int, int] = (4, 4, 4, 4)
+    is_apart: bool = False  # [batch, heads, sequence, dims]
+    more: str = ""  # what else it has
+    same: bool = False
+    step: int = 1
+    opset: int = 23
+    attributes: tuple[tuple[str, Any], ...] = ()
+
+    def has(self, what: str) -> bool:
+        """Whether it has that as well."""
+        return what in self.more.split()
+
+
+def linear(net: Net, name: str, given: str, outputs: int, bias: bool) -> str:
+    """A layer; its bias by an Add of its own, or left to the attention."""
+    return net.linear(name, given, net.hidden, outputs, bias)
+
+
+def heads_apart(net: Net, flat: str, heads: int, dims: int) -> str:
+    """[batch, heads, sequence, dims]."""
+    split = net.reshape(flat, "x", [heads, dims])
+    return str(net.op("Transpose", split, perm=[0, 2, 1, 3]))
+
+
+def lengths(net: Net) -> tuple[str, str]:
+    """For GroupQueryAttention: the last position of each sequence, and their length."""
+    batch, sequence = net.size("x", 0), net.size("x", 1)
+    last = net.op("Sub", net.op("Expand", sequence, batch), net.const([1]))
+    kind = TensorProto.INT32
+    total = net.op("Squeeze", sequence, net.const([0]))
+    return net.op("Cast", last, to=kind), net.op("Cast", total, to=kind)
+
+
+def tables(net: Net, pairs: int) -> tuple[str, str]:
+    """cos and sin [positions, pairs]."""
+    angles = np.outer(np.arange(16), 1 / 10.0 ** (np.arange(pairs) / pairs))
+    names = f"cos{net.count}", f"sin{net.count}"
+    for name, function in zip(names, (np.cos, np.sin), strict=True):
+        net.weights[name] = function(angles).astype(np.float32)
+    return names
+
+
+def mask_of(net: Net, form: Form) -> str:
+    """A mask as large as the scores, perhaps with heads; "" where there is none."""
+    if not form.has("mask") and not form.has("mask-by-head"):
+        return ""
+    heads = form.sizes[0] if form.has("mask-by-head") else 1
+    table, axes = net.weight(f"mask{net.count}", 1, heads, 16, 16), (2, 3)
+    for axis in axes:
+        end = net.size("x", 1)
+        table = net.op("Slice", table, net.const([0]), end, net.const([axis]))
+    return str(table)
+
+
+def attention(net: Net, form: Form) -> str:
+    """x to the output of the last layer."""
+    heads, keys, scores, values = form.sizes
+    wide, narrow, out = heads * scores, keys * scores, keys * values
+    if form.op == "packed":
+        made = packed(net, form)
+    else:
+        is_bare = form.op != "multi" or not form.has("bias")
+        bias = is_bare and not form.has("no-bias")
+        q, k, v = (
+            linear(net, side, "x", size, bias)
+            for side, size in (("q", wide), ("k", narrow), ("v", out))
+        )
+        make = {"standard": standard, "multi": multi_head, "grouped": grouped}[form.op]
+        made = make(net, form, q, k, v)
+    y = net.linear("o", made, heads * values, net.hidden, True)
+    net.nodes.append(helper.make_node("Identity", [y], ["end"]))
+    return y
+
+
+def standard(net: Net, form: Form, q: str, k: str, v: str) -> str:
+    """Attention of the standard."""
+    heads, keys, scores, values = form.sizes
+    extra: dict[str, Any] = dict(form.attributes)
+    if form.is_apart:
+        q = heads_apart(net, q, heads, scores)
+        k, v = heads_apart(net, k, keys, scores), heads_apart(net, v, keys, values)
+    else:
+        extra |= {"q_num_heads": heads, "kv_num_heads": keys}
+    if form.has("rotary"):
+        cos, sin = tables(net, scores // 2)
+        turn: dict[str, Any] = {} if form.is_apart else {"num_heads": heads}
+        q = net.op("RotaryEmbedding", q, cos, sin, positions(net), **turn)
+        turn = {} if form.is_apart else {"num_heads": keys}
+        k = net.op("RotaryEmbedding", k, cos, sin, positions(net), **turn)
+    made = net.op("Attention", q, k, v, mask_of(net, form), **extra)
+    if form.is_apart:
+        turned = net.op("Transpose", made, perm=[0, 2, 1, 3])
+        made = net.reshape(turned, "x", [heads * values])
+    return str(made)
+
+
+def positions(net: Net) -> str:
+    """[batch, sequence]: from 0 on."""
+    steps = net.op("Squeeze", net.size("x", 1), net.const([0]))
+    row = net.op("Range", net.const(0), steps, net.const(1))
+    shape = net.op("Concat", net.size("x", 0), net.size("x", 1), axis=0)
+    return str(net.op("Expand", row, shape))
+
+
+def multi_head(net: Net, form: Form, q: str, k: str, v: str) -> str:
+    """MultiHeadAttention of com.microsoft."""
+    heads, keys, scores, values = form.sizes
+    extra = {"num_heads": heads, **dict(form.attributes)}
+    bias = ""
+    if form.has("bias"):
+        bias = net.weight("qkv.b", heads * (2 * scores + values))
+    if form.has("apart-keys"):
+        k, v = heads_apart(net, k, keys, scores), heads_apart(net, v, keys, values)
+    inputs = [q, k, v, bias, "", mask_of(net, form)]
+    return str(net.op("MultiHeadAttention", *inputs, domain=MICROSOFT, **extra))
+
+
+def grouped(net: Net, form: Form, q: str, k: str, v: str) -> str:
+    """GroupQueryAttention of com.microsoft."""
+    heads, keys, scores, _ = form.sizes
+    extra = {"num_heads": heads, "kv_num_heads": keys, **dict(form.attributes)}
+    inputs = [q, k, v, "", "", *lengths(net)]
+    if form.has("side-by-side"):
+        inputs = [net.op("Concat", q, k, v, axis=-1), "", "", "", "", *inputs[5:]]
+    if extra.get("do_rotary"):
+        inputs += tables(net, scores // 2)
+    if form.has("sink") or form.has("mask") or form.has("mask-by-head"):
+        inputs += [""] * (10 - len(inputs)) + [mask_of(net, form)]
+    if form.has("sink"):
+        inputs.append(net.weight("sink", heads))
+    return str(net.op("GroupQueryAttention", *inputs, domain=MICROSOFT, **extra))
+
+
+def packed(net: Net, form: Form) -> str:
+    """Attention of com.microsoft; its weight is cut into q.w, k.w, v.w for masks."""
+    heads, _, scores, values = form.sizes
+    widths = [heads * scores, heads * scores, heads * values]
+    extra: dict[str, Any] = {"num_heads": heads, **dict(form.attributes)}
+    if widths[0] != widths[2]:
+        extra["qkv_hidden_sizes"] = widths
+    weight = net.weight("qkv.w", net.hidden, sum(widths))
+    inputs = ["x", weight, net.weight("qkv.b", sum(widths)), "", "", mask_of(net, form)]
+    return str(net.op("Attention", *inputs, domain=MICROSOFT, **extra))
+
+
+def columns(mask: Mask) -> list[int]:
+    """The channels of a flat axis."""
+    return np.flatnonzero(mask.reshape(-1)).tolist()
+
+
+def apply(net: Net, masks: Masks) -> None:
+    """Zero what is masked, in weights of their own or side by side."""
+    start = 0
+    for side in "qkv":
+        mask = getattr(masks, side)
+        gone = columns(mask)
+        net.zero(f"{side}.w", 1, gone)
+        net.zero(f"{side}.b", 0, gone)
+        net.zero("qkv.w", 1, [start + channel for channel in gone])
+        net.zero("qkv.b", 0, [start + channel for channel in gone])
+        start += mask.size
+    net.zero("o.w", 0, columns(masks.o))
+
+
+def expect(net: Net, form: Form, kept: Left) -> None:
+    """The sizes that weights are to have in the end."""
+    wide, narrow = kept.heads * kept.scores, kept.keys * kept.scores
+    out = kept.keys * kept.values
+    for side, size in (("q", wide), ("k", narrow), ("v", out)):
+        net.expect(f"{side}.w", -1, size)
+        net.expect(f"{side}.b", size)
+    net.expect("qkv.w", -1, wide + narrow + out)
+    net.expect("qkv.b", wide + narrow + out)
+    net.expect("o.w", kept.heads * kept.values, -1)
+    net.expect("sink", kept.heads)
+    if form.has("mask-by-head"):
+        name = next(name for name in net.weights if name.startswith("mask"))
+        net.expect(name, -1, kept.heads, -1, -1)
+
+
+def source_of(net: Net) -> ModelProto:
+    """The model, of both domains."""
+    source = net.model("end")
+    source.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
+    return source
+
+
+def node_of(model: ModelProto) -> NodeProto:
+    """The attention."""
+    return next(node for node in model.graph.node if node.op_type.endswith("Attention"))
+
+
+def shrink(net: Net, form: Form, kept: Left, context: Context) -> NodeProto:
+    """Shrinks, compares numbers at two sizes, weights and attributes."""
+    expect(net, form, kept)
+    model: Model = check(net, source_of(net), context)
+    node = node_of(support.final(model))
+    names = {"num_heads": kept.heads, "q_num_heads": kept.heads}
+    names["kv_num_heads"] = kept.keys
+    for name, count in names.items():
+        assert attributes.get(node, name, count) == count
+    return node
+
+
+def built(form: Form, seed: int, dynamic: bool = True) -> Net:
+    """A model of one attention, of which nothing is masked."""
+    net = Net(seed, opset=form.opset, dynamic=dynamic, hidden=6)
+    attention(net, form)
+    return net
+
+
+GROUPS = (6, 2, 4, 3)
+WIDE = (4, 4, 3, 5)
+FORMS: dict[str, Form] = {
+    "standard": Form("standard", WIDE),
+    "standard, groups": Form("standard", GROUPS),
+    "standard, one key head": Form("standard", (4, 1, 4, 4)),
+    "standard, apart": Form("standard", GROUPS, is_apart=True),
+    "standard, apart, one head": Form("standard", (1, 1, 4, 4), is_apart=True),
+    "standard, apart, one key head": Form("standard", (4, 1, 4, 4), is_apart=True),
+    "standard, 24": Form("standard", GROUPS, opset=24),
+    "standard, mask": Form("standard", GROUPS, more="mask"),
+    "standard, mask by head": Form("standard", GROUPS, more="mask-by-head"),
+    "standard, apart, mask by head": Form("standard", WIDE, True, "mask-by-head"),
+    "standard, causal, capped": Form(
+        "standard", GROUPS, attributes=(("is_causal", 1), ("softcap", 2.0))
+    ),
+    "standard, scaled": Form("standard", WIDE, attributes=(("scale", 0.3),)),
+    "multi": Form("multi", WIDE, opset=17),
+    "multi, bias": Form("multi", WIDE, more="bias", opset=17),
+    "multi, mask": Form("multi", WIDE, more="mask bias", opset=17),
+    "multi, mask by head": Form("multi", more="mask-by-head no-bias", opset=17),
+    "multi, causal": Form("multi", WIDE, opset=17, attributes=(("unidirectional", 1),)),
+    "multi, keys apart": Form("multi", more="apart-keys", same=True, opset=17),
+    "grouped": Form("grouped", (6, 2, 24, 24), same=True, step=8, opset=17),
+    "grouped, side by side": Form(
+        "grouped", (4, 2, 24, 24), more="side-by-side", same=True, step=8, opset=17
+    ),
+    "grouped, sink": Form(
+        "grouped", (4, 2, 16, 16), more="sink mask-by-head", same=True, step=8, opset=17
+    ),
+    "grouped, rotary": Form(
+        "grouped",
+        (6, 3, 16, 16),
+        same=True,
+        step=16,
+        opset=17,
+        attributes=(("do_rotary", 1),),
+    ),
+    "packed": Form("packed", opset=17),
+    "packed, wide values": Form("packed", WIDE, opset=17),
+    "packed, mask by head": Form("packed", more="mask-by-head", opset=17),
+    "packed, causal, scaled": Form(
+        "packed", opset=17, attributes=(("unidirectional", 1), ("scale", 0.4))
+    ),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("name", FORMS)
+def test_masks_that_agree(name: str, share: float, seed: int, worker: Context) -> None:
+    """Heads and dims that are zero go, and nothing else changes."""
+    form = FORMS[name]
+    net = built(form, seed, dynamic=seed != 1)
+    masks = Masks.drawn(net.rng, form.sizes, share, agree=True)
+    apply(net, masks)
+    shrink(net, form, left(masks, form.same, form.step), worker)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", FORMS)
+def test_masks_that_do_not_agree(name: str, seed: int, worker: Context) -> None:
+    """What can go from all heads alike goes."""
+    form = FORMS[name]
+    net = built(form, seed)
+    masks = Masks.drawn(net.rng, form.sizes, 0.5, agree=False)
+    apply(net, masks)
+    shrink(net, form, left(masks, form.same, form.step), worker)
