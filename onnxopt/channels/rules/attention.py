@@ -182,13 +182,9 @@ class Attention(Rule):
             by_port.setdefault(part.index, []).append(part)
         for index, parts in by_port.items():
             rank = a.rank(node.input[index])
-            if rank is not None and not self.is_weight(index):
+            if rank is not None:
                 wanted[index] = views.demand_of(parts, masks, rank)
         return wanted
-
-    def is_weight(self, index: int) -> bool:
-        """Whether an input is a constant that the node multiplies by."""
-        return False
 
     def wanted(
         self, a: Analysis, node: NodeProto, form: Form, needs: Sequence[Demand]

@@ -135,14 +135,10 @@ class PackedAttention(Attention):
             return [None] * len(node.output)
         return super().forward(a, node)
 
-    def is_weight(self, index: int) -> bool:
-        """The weight, and its bias."""
-        return index in (WEIGHT, BIAS)
-
     def backward(
         self, a: Analysis, node: NodeProto, needs: Sequence[Demand]
     ) -> Sequence[Demand]:
-        """Of the input, the features that something needed reads."""
+        """Of the weight what makes needed parts; of the input what those read."""
         wanted = list(super().backward(a, node, needs))
         g = self.layer.geometry(a, node)
         live = self.layer.live(a, node, g, needs[0]) if g is not None else None
