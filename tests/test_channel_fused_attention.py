@@ -8,7 +8,7 @@ to be left is worked out here from the masks alone; no code is shared with
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -402,3 +402,354 @@ def test_masks_that_do_not_agree(name: str, seed: int, worker: Context) -> None:
     masks = Masks.drawn(net.rng, form.sizes, 0.5, agree=False)
     apply(net, masks)
     shrink(net, form, left(masks, form.same, form.step), worker)
+
+
+# ---- one form at a time, masked by hand ----
+
+
+def nothing(form: Form) -> Masks:
+    """No mask yet."""
+    return Masks.none(*form.sizes)
+
+
+def kept_by(net: Net, form: Form, masks: Masks, context: Context) -> NodeProto:
+    """Applies masks, shrinks, and compares with what they leave."""
+    apply(net, masks)
+    return shrink(net, form, left(masks, form.same, form.step), context)
+
+
+@pytest.mark.parametrize("name", ["standard", "multi", "packed, wide values"])
+def test_scale_stays(name: str, worker: Context) -> None:
+    """The default is by the number of dims before."""
+    form = FORMS[name]
+    net, masks = built(form, 0), nothing(form)
+    masks.q[:, 0] = True
+    node = kept_by(net, form, masks, worker)
+    assert attributes.get(node, "scale") == pytest.approx(1 / np.sqrt(form.sizes[2]))
+
+
+@pytest.mark.parametrize("op", ["standard", "multi", "packed"])
+def test_scale_that_is_given(op: str, worker: Context) -> None:
+    """It stays as it is."""
+    form = Form(op, WIDE, attributes=(("scale", 0.7),))
+    net, masks = built(form, 0), nothing(form)
+    masks.k[:, 1] = True
+    node = kept_by(net, form, masks, worker)
+    assert attributes.get(node, "scale") == pytest.approx(0.7)
+
+
+def test_one_group_loses_more(worker: Context) -> None:
+    """Groups keep equally many heads, each those that matter to it."""
+    form = FORMS["standard, groups"]
+    net, masks = built(form, 0), nothing(form)
+    masks.o[[0, 2, 4]] = True  # two of the first group, one of the second
+    assert left(masks) == Left(4, 2, 4, 3)
+    kept_by(net, form, masks, worker)
+
+
+@pytest.mark.parametrize("name", ["standard", "multi", "packed"])
+def test_no_scores(name: str, worker: Context) -> None:
+    """A head without queries takes the mean of its values; one dim stays of all."""
+    form = FORMS[name]
+    net, masks = built(form, 0), nothing(form)
+    masks.k[:] = True
+    kept_by(net, form, masks, worker)
+
+
+@pytest.mark.parametrize("name", ["standard", "multi", "grouped", "packed"])
+def test_no_values(name: str, worker: Context) -> None:
+    """One head of one dim stays, unless other passes take it out."""
+    form = FORMS[name]
+    net, masks = built(form, 0), nothing(form)
+    masks.v[:] = True
+    apply(net, masks)
+    sizes = Left(1, 1, 8, 8) if form.op == "grouped" else Left(1, 1, 1, 1)
+    shrink(net, form, sizes, worker)
+
+
+CONSTANT = ["standard", "standard, apart", "multi", "multi, bias", "packed"]
+
+
+@pytest.mark.parametrize("name", CONSTANT)
+def test_constant_values(name: str, worker: Context) -> None:
+    """Where nothing masks, weights sum to 1: constants go into the bias behind."""
+    form = FORMS[name]
+    net, masks = built(form, 0), nothing(form)
+    masks.v[0], masks.v[:, 1] = True, True
+    apply(net, masks)
+    spoil(net, form, masks.v)
+    shrink(net, form, left(masks), worker)
+
+
+MASKING = ["standard, mask", "multi, mask", "grouped", "packed, mask by head"]
+
+
+@pytest.mark.parametrize("name", MASKING)
+def test_constant_values_behind_a_mask(name: str, worker: Context) -> None:
+    """A query whose keys are all masked takes zero of them: constants stay."""
+    form = FORMS[name]
+    net, masks = built(form, 0), nothing(form)
+    masks.v[0] = True
+    apply(net, masks)
+    spoil(net, form, masks.v)
+    shrink(net, form, left(nothing(form)), worker)
+
+
+def spoil(net: Net, form: Form, mask: Mask) -> None:
+    """Let the biases of values that are masked be 0.5."""
+    start = 2 * form.sizes[0] * form.sizes[2] if "qkv.b" in net.weights else 0
+    name = "qkv.b" if start else "v.b"
+    net.weights[name][[start + channel for channel in columns(mask)]] = 0.5
+
+
+def test_masked_rows_of_constant_values(worker: Context) -> None:
+    """The same with a mask that leaves out all keys of a query."""
+    form = FORMS["standard, mask"]
+    net, masks = built(form, 0), nothing(form)
+    table = next(name for name in net.weights if name.startswith("mask"))
+    net.weights[table][:, :, 0] = -np.inf
+    masks.v[0] = True
+    apply(net, masks)
+    spoil(net, form, masks.v)
+    shrink(net, form, left(nothing(form)), worker)
+
+
+def test_bias_that_undoes_a_constant(worker: Context) -> None:
+    """What counts of a query is the sum of what is given and the bias."""
+    form = FORMS["multi, bias"]
+    net, masks = built(form, 0), nothing(form)
+    masks.k[:, 0] = True
+    apply(net, masks)
+    start = form.sizes[0] * form.sizes[2]
+    net.weights["qkv.b"][[start + channel for channel in columns(masks.k)]] = 0.25
+    shrink(net, form, left(nothing(form)), worker)
+
+
+def test_constant_features(worker: Context) -> None:
+    """Of the input of a packed layer, zeros go, unread ones, and constants."""
+    form = FORMS["packed"]
+    net = Net(0, opset=17, hidden=6)
+    net.nodes.append(helper.make_node("Identity", ["x"], ["given"]))
+    made = net.linear("first", "given", net.hidden, 6, True)
+    start = len(net.nodes)
+    attention(net, form)
+    for node in net.nodes[start:]:
+        if "qkv.w" in node.input:
+            node.input[0] = made
+    net.zero("first.w", 1, [0, 1])
+    net.weights["first.b"][:2] = 0, 0.5
+    net.zero("qkv.w", 0, [2])
+    masks = nothing(form)
+    masks.v[1] = masks.q[:, 2] = True
+    apply(net, masks)
+    kept = left(masks)
+    expect(net, form, kept)
+    net.expect("first.w", -1, 3)
+    width = kept.heads * (2 * kept.scores + kept.values)
+    net.expect("qkv.w", 3, width)
+    check(net, source_of(net), worker)
+
+
+# ---- caches, and other outputs ----
+
+
+def with_outputs(
+    net: Net, outputs: int, inputs: dict[str, tuple[Any, ...]]
+) -> ModelProto:
+    """The model of `net` with more outputs of the attention, and past_ inputs."""
+    node = next(node for node in net.nodes if node.op_type.endswith("Attention"))
+    names = ["", "present_key", "present_value", "scores"][1:outputs]
+    node.output.extend(names)
+    source = source_of(net)
+    for name in names:
+        value = helper.make_tensor_value_info(name, TensorProto.FLOAT, list("efgh"))
+        source.graph.output.append(value)
+    for name, dims in inputs.items():
+        made = helper.make_tensor_value_info(name, TensorProto.FLOAT, list(dims))
+        source.graph.input.append(made)
+    return source
+
+
+PAST = {"standard": 4, "multi": 6, "grouped": 3}
+
+
+@pytest.mark.parametrize("is_past", [True, False], ids=["past", "present"])
+@pytest.mark.parametrize("op", PAST)
+def test_caches_of_the_interface(op: str, is_past: bool, worker: Context) -> None:
+    """Heads and dims of what comes from outside, or goes there, stay: groups do not."""
+    sizes = (4, 4, 8, 8) if op == "multi" else (4, 2, 8, 8)
+    form = Form(op, sizes, more="no-bias", opset=23)
+    net, masks = built(form, 0, dynamic=False), nothing(form)
+    node = next(node for node in net.nodes if node.op_type.endswith("Attention"))
+    inputs: dict[str, tuple[Any, ...]] = {}
+    if is_past and op != "grouped":
+        dims = ("batch" if net.dynamic else 2, sizes[1], "before", 8)
+        inputs = {"past_key": dims, "past_value": dims}
+        names = [*node.input, *[""] * 8][: PAST[op] + 2]
+        names[PAST[op] :] = inputs
+        del node.input[:]
+        node.input.extend(names)
+    masks.v[0] = masks.q[:, 1] = masks.k[:, 2] = masks.o[:, 3] = True
+    apply(net, masks)
+    expect(net, form, Left(sizes[0], sizes[1], 8, 8))
+    model = check(net, with_outputs(net, 3, inputs), worker)
+    assert attributes.get(node_of(support.final(model)), "scale") is None
+    reasons = " ".join(skip.reason for skip in support.skips(model))
+    assert "past_key" in reasons or "present_key" in reasons
+
+
+def test_group_behind_a_cache(worker: Context) -> None:
+    """Query heads that nothing reads go from every group; the cache stays."""
+    form = Form("standard", GROUPS, more="no-bias")
+    net, masks = built(form, 0, dynamic=False), nothing(form)
+    masks.o[[1, 5]] = True
+    apply(net, masks)
+    expect(net, form, Left(4, 2, 4, 3))
+    check(net, with_outputs(net, 3, {}), worker)
+
+
+@pytest.mark.parametrize("op", ["standard", "multi"])
+def test_scores_of_the_interface(op: str, worker: Context) -> None:
+    """Scores that are an output keep their heads; the dims go."""
+    form = Form(op, WIDE, more="no-bias")
+    net, masks = built(form, 0), nothing(form)
+    masks.v[0] = masks.v[:, 1] = masks.q[:, 2] = True
+    apply(net, masks)
+    expect(net, form, Left(4, 4, 2, 4))
+    source = with_outputs(net, 4, {})
+    for name in ("present_key", "present_value"):
+        kept = [value for value in source.graph.output if value.name != name]
+        del source.graph.output[:]
+        source.graph.output.extend(kept)
+    node = node_of(source)
+    node.output[1] = node.output[2] = ""
+    check(net, source, worker)
+
+
+def test_cache_of_constants(worker: Context) -> None:
+    """A prefix of keys and values that is a constant loses the same heads and dims."""
+    form = Form("standard", GROUPS, more="no-bias")
+    net, masks = built(form, 0), nothing(form)
+    masks.o[:3] = masks.q[:, 1] = masks.o[:, 2] = True
+    masks.k[:, 3] = masks.v[:, 0] = True  # which the prefix has
+    apply(net, masks)
+    net.weight("past_keys", 2, 2, 3, 4)
+    net.weight("past_values", 2, 2, 3, 3)
+    node = next(node for node in net.nodes if node.op_type == "Attention")
+    node.input.extend(["past_keys", "past_values"])
+    node.output.extend(["present_key", "present_value"])
+    net.dynamic = False
+    net.expect("past_keys", 2, 1, 3, 3)
+    net.expect("past_values", 2, 1, 3, 2)
+    expect(net, form, Left(3, 1, 3, 2))
+    check(net, static(source_of(net)), worker)
+
+
+def static(source: ModelProto) -> ModelProto:
+    """With a batch of 2."""
+    for value in source.graph.input:
+        value.type.tensor_type.shape.dim[0].dim_value = 2
+    return source
+
+
+# ---- rotated positions ----
+
+
+def rotary(net: Net, form: Form, domain: str, inter: int, dims: int) -> tuple[Any, Any]:
+    """Queries and keys of `form` through RotaryEmbedding, to the end."""
+    heads, keys, scores, values = form.sizes
+    q, k, v = (
+        linear(net, side, "x", size, True)
+        for side, size in (
+            ("q", heads * scores),
+            ("k", keys * scores),
+            ("v", keys * values),
+        )
+    )
+    cos, sin = tables(net, (dims or scores) // 2)
+    turned = []
+    for given, count in ((q, heads), (k, keys)):
+        extra: dict[str, Any] = {"num_heads": count, "interleaved": inter}
+        if dims:
+            extra["rotary_embedding_dim"] = dims
+        inputs = [cos, sin, positions(net)]
+        if domain:
+            inputs, extra["domain"] = [inputs[2], cos, sin], domain
+        turned.append(net.op("RotaryEmbedding", given, *inputs, **extra))
+    made = net.op("Attention", *turned, v, q_num_heads=heads, kv_num_heads=keys)
+    y = net.linear("o", made, heads * values, net.hidden, True)
+    net.nodes.append(helper.make_node("Identity", [y], ["end"]))
+    return cos, sin
+
+
+@pytest.mark.parametrize("is_interleaved", [0, 1])
+@pytest.mark.parametrize("domain", ["", MICROSOFT])
+def test_rotated_pairs(domain: str, is_interleaved: int, worker: Context) -> None:
+    """Both of a pair go, from all heads, with a column of the tables."""
+    form = Form("standard", (4, 2, 6, 3))
+    net, masks = Net(0, opset=23, hidden=6), nothing(form)
+    tabled = rotary(net, form, domain, is_interleaved, 0)
+    pairs = [(0, 1), (2, 3), (4, 5)] if is_interleaved else [(0, 3), (1, 4), (2, 5)]
+    masks.q[:, list(pairs[0])] = masks.k[:, list(pairs[2])] = True
+    whole = left(masks)
+    assert whole.scores == 2
+    masks.k[:, pairs[1][0]] = True  # half a pair stays
+    masks.v[1] = True
+    for name in tabled:
+        net.expect(name, -1, 1)
+    apply(net, masks)
+    kept = replace(left(masks), scores=2)
+    shrink(net, form, kept, worker)
+
+
+@pytest.mark.parametrize("is_interleaved", [0, 1])
+@pytest.mark.parametrize("domain", ["", MICROSOFT])
+def test_rotated_first_dims(domain: str, is_interleaved: int, worker: Context) -> None:
+    """Those that are rotated stay; of the others some go."""
+    form = Form("standard", (4, 2, 7, 3))
+    net, masks = Net(0, opset=23, hidden=6), nothing(form)
+    rotary(net, form, domain, is_interleaved, 4)
+    masks.q[:, [0, 1, 2, 3, 5]] = True
+    masks.o[[0, 3]] = True
+    apply(net, masks)
+    shrink(net, form, replace(left(masks), scores=6), worker)
+
+
+def strided(net: Net, given: str, cos: str, sin: str) -> str:
+    """x * cos + (-x[1::2], x[::2], by turns) * sin."""
+    axis, end, step = net.const([3]), net.const([1 << 40]), net.const([2])
+    even = net.op("Slice", given, net.const([0]), end, axis, step)
+    odd = net.op("Slice", given, net.const([1]), end, axis, step)
+    last = net.const([4])
+    parts = [net.op("Unsqueeze", n, last) for n in (net.op("Neg", odd), even)]
+    pairs = net.op("Concat", *parts, axis=-1)
+    turned = net.op("Reshape", pairs, net.const([0, 0, 0, 6]))
+    return str(net.op("Add", net.op("Mul", given, cos), net.op("Mul", turned, sin)))
+
+
+def test_pairs_by_strided_slices(worker: Context) -> None:
+    """Neighbours go together, with their columns of the tables."""
+    form = Form("standard", (4, 2, 6, 3))
+    net, masks = Net(0, opset=23, hidden=6), nothing(form)
+    heads, keys, scores, values = form.sizes
+    turn = net.weight("cos", 1, 1, 5, 6), net.weight("sin", 1, 1, 5, 6)
+    net.dynamic = False
+    parts = []
+    for side, count, size in (
+        ("q", heads, scores),
+        ("k", keys, scores),
+        ("v", keys, values),
+    ):
+        flat = linear(net, side, "x", count * size, True)
+        part = heads_apart(net, flat, count, size)
+        parts.append(part if side == "v" else strided(net, part, *turn))
+    made = net.op("Attention", *parts)
+    turned = net.op("Transpose", made, perm=[0, 2, 1, 3])
+    flat = net.reshape(turned, "x", [heads * values])
+    y = net.linear("o", flat, heads * values, net.hidden, True)
+    net.nodes.append(helper.make_node("Identity", [y], ["end"]))
+    masks.q[:, [0, 1]] = masks.k[:, [4, 5]] = masks.k[:, 2] = masks.v[0] = True
+    apply(net, masks)
+    net.expect("cos", 1, 1, 5, 2)
+    net.expect("sin", 1, 1, 5, 2)
+    shrink(net, form, replace(left(masks), scores=2), worker)

@@ -144,12 +144,17 @@ class Attention(Rule):
             return nothing
         kinds, values = self.known(a, node, form, VALUES)
         others = [self.known(a, node, form, role)[0] for role in (QUERIES, KEYS)]
-        hands_on = (values == 0) | self._averages(a, node, form)
-        found = np.where((kinds == Kind.CONST) & hands_on, Kind.CONST, Kind.DYN)
+        steady = self._steady(a, node, form, (kinds, values))
+        found = np.where(steady, Kind.CONST, Kind.DYN)
         if min(array.min() for array in (kinds, *others)) == Kind.WILD:
             found = np.full(found.shape, Kind.WILD)
         made = form.spread(found), form.spread(values)
         return [views.fact_of(made, form.made[0], rank), *nothing[1:]]
+
+    def _steady(self, a: Analysis, node: NodeProto, form: Form, values: Known) -> Mask:
+        """Where the result is what the values are, whatever the weights."""
+        is_handed_on = (values[1] == 0) | self._averages(a, node, form)
+        return np.asarray((values[0] == Kind.CONST) & is_handed_on)
 
     def _averages(self, a: Analysis, node: NodeProto, form: Form) -> bool:
         """Whether each result is a mean of values: there has to be one."""
@@ -197,9 +202,8 @@ class Attention(Rule):
         for part in form.made:
             need = needs[part.index]
             found[part.role] |= views.needed(need, part, form.dims[part.role])
-        values = self.known(a, node, form, VALUES)
-        is_zero = (values[0] == Kind.CONST) & (values[1] == 0)
-        reads = np.asarray(found[RESULT] & ~form.spread(is_zero))
+        steady = self._steady(a, node, form, self.known(a, node, form, VALUES))
+        reads = np.asarray(found[RESULT] & ~form.spread(steady))
         found[VALUES] |= form.gathered(found[RESULT])
         found[HEADS] |= reads.any(axis=1)
         zeros = {role: self.zeros(a, node, form, role) for role in (QUERIES, KEYS)}
@@ -267,8 +271,7 @@ class Attention(Rule):
         unread = ~wanted[HEADS][:, None]
         queries = (zeros[0] | form.spread(zeros[1]) | unread) & ~wild[0]
         queries &= ~form.spread(wild[1])
-        kinds, values = self.known(a, node, form, VALUES)
-        steady = (kinds == Kind.CONST) & ((values == 0) | self._averages(a, node, form))
+        steady = self._steady(a, node, form, self.known(a, node, form, VALUES))
         return {
             QUERIES: queries,
             KEYS: ~form.gathered(~queries),
