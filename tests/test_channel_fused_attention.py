@@ -7,7 +7,7 @@ to be left is worked out here from the masks alone; no code is shared with
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -753,3 +753,262 @@ def test_pairs_by_strided_slices(worker: Context) -> None:
     net.expect("cos", 1, 1, 5, 2)
     net.expect("sin", 1, 1, 5, 2)
     shrink(net, form, replace(left(masks), scores=2), worker)
+
+
+def pasts(net: Net, k: str, v: str) -> tuple[str, str]:
+    """Keys and values behind those that come from outside."""
+    return (
+        str(net.op("Concat", "past_key", k, axis=2)),
+        str(net.op("Concat", "past_value", v, axis=2)),
+    )
+
+
+def test_cache_that_is_written_out(worker: Context) -> None:
+    """Where a cache is joined by Concat, its heads and dims stay; other layers shrink."""
+    net = Net(0, opset=17, hidden=6)
+    heads, dims = 3, 4
+    size = heads * dims
+    parts = {}
+    for side in "qkv":
+        flat = linear(net, side, "x", size, True)
+        parts[side] = heads_apart(net, flat, heads, dims)
+    keys, values = pasts(net, parts["k"], parts["v"])
+    scores = net.op("MatMul", parts["q"], net.op("Transpose", keys, perm=[0, 1, 3, 2]))
+    context = net.op("MatMul", net.op("Softmax", scores, axis=-1), values)
+    turned = net.op("Transpose", context, perm=[0, 2, 1, 3])
+    made = net.linear("o", net.reshape(turned, "x", [size]), size, net.hidden, True)
+    y = ffn(net, made)
+    net.nodes.append(helper.make_node("Identity", [y], ["end"]))
+    net.zero("v.w", 1, range(dims))
+    net.zero("v.b", 0, range(dims))
+    net.zero("o.w", 0, range(dims, 2 * dims))
+    net.zero("q.w", 1, range(0, size, dims))
+    net.zero("q.b", 0, range(0, size, dims))
+    for side in "qkv":
+        net.expect(f"{side}.w", -1, size)
+    net.expect("o.w", size, -1)
+    source = source_of(net)
+    for name in ("past_key", "past_value"):
+        kind, sizes = TensorProto.FLOAT, ["batch", heads, "before", dims]
+        source.graph.input.append(helper.make_tensor_value_info(name, kind, sizes))
+    model = check(net, source, worker)
+    reasons = " ".join(skip.reason for skip in support.skips(model))
+    assert "'past_value' comes from outside" in reasons
+
+
+def ffn(net: Net, given: str) -> str:
+    """Two layers, of which 3 units of 8 are zero or not read."""
+    up = net.op("Relu", net.linear("up", given, net.hidden, 8, True))
+    net.zero("up.w", 1, [0, 5])
+    net.zero("up.b", 0, [0, 5])
+    down = net.linear("down", up, 8, net.hidden, True)
+    net.zero("down.w", 0, [3])
+    net.expect("up.w", -1, 5)
+    net.expect("down.w", 5, -1)
+    return down
+
+
+# ---- norms of a sum ----
+
+
+def skip_norm(net: Net, name: str, one: str, two: str, mean: bool) -> list[str]:
+    """The norm of one + two + bias, and that sum."""
+    inputs = [one, two, net.weight(f"{name}.g", net.hidden)]
+    if mean:
+        inputs.append(net.weight(f"{name}.h", net.hidden))
+    inputs.append(net.weight(f"{name}.b", net.hidden))
+    op = "SkipLayerNormalization" if mean else "SkipSimplifiedLayerNormalization"
+    made: list[str] = net.op(op, *inputs, outputs=4, domain=MICROSOFT, epsilon=1e-2)
+    net.nodes[-1].output[1] = net.nodes[-1].output[2] = ""
+    return [made[0], made[3]]
+
+
+def stream(net: Net, mean: bool) -> None:
+    """Embeddings, two layers, each with a norm of the sum before it, and a head."""
+    x = net.op("Gather", net.weight("table", 20, net.hidden), "ids")
+    y, x = skip_norm(net, "n0", x, net.op("MatMul", x, square(net, "first")), mean)
+    y, x = skip_norm(net, "n1", ffn(net, y), x, mean)
+    out = net.op("MatMul", net.op("Add", x, y), net.weight("head", net.hidden, 5))
+    net.nodes.append(helper.make_node("Identity", [out], ["end"]))
+
+
+def square(net: Net, name: str) -> str:
+    """A weight [hidden, hidden]."""
+    return net.weight(f"{name}.w", net.hidden, net.hidden)
+
+
+def silence(net: Net, gone: Iterable[int]) -> None:
+    """Zero what is written to channels of the stream."""
+    for name in ("table", "first.w", "down.w"):
+        net.zero(name, 1, gone)
+    for name in ("down.b", "n0.b", "n1.b"):
+        net.zero(name, 0, gone)
+
+
+def of_ids(net: Net) -> ModelProto:
+    """The model that reads indices."""
+    source = net.model("end", ["ids"])
+    source.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
+    return source
+
+
+def test_root_mean_square_of_a_sum(worker: Context) -> None:
+    """Channels of which every term is zero go from the stream, with their scales."""
+    net = Net(0, opset=17, hidden=6)
+    stream(net, mean=False)
+    silence(net, [1, 4])
+    for name in ("n0.g", "n1.g", "n0.b", "n1.b"):
+        net.expect(name, 4)
+    net.expect("table", -1, 4)
+    net.expect("first.w", 4, 4)
+    net.expect("head", 4, -1)
+    net.expect("up.w", 4, 5)
+    net.expect("down.w", 5, 4)
+    check(net, of_ids(net), worker)
+
+
+def test_bias_of_a_sum(worker: Context) -> None:
+    """A channel that only the bias of the norm writes to stays."""
+    net = Net(0, opset=17, hidden=6)
+    stream(net, mean=False)
+    silence(net, [1, 4])
+    net.weights["n1.b"][4] = 0.3
+    net.expect("table", -1, 5)
+    net.expect("up.w", 5, 5)
+    net.expect("down.w", 5, 5)
+    check(net, of_ids(net), worker)
+
+
+def test_mean_of_a_sum(worker: Context) -> None:
+    """Each channel moves the mean: all stay; units go."""
+    net = Net(0, opset=17, hidden=6)
+    stream(net, mean=True)
+    silence(net, [1, 4])
+    net.expect("table", -1, 6)
+    check(net, of_ids(net), worker)
+
+
+@pytest.mark.parametrize("mean", [True, False])
+def test_scale_of_zero(mean: bool, worker: Context) -> None:
+    """What comes out is the shift: it goes into the bias of the layer behind."""
+    net = Net(0, opset=17, hidden=6)
+    given = net.op("Identity", "x")
+    y, _ = skip_norm(net, "n", given, net.op("MatMul", given, square(net, "w")), mean)
+    out = net.linear("o", y, net.hidden, 5, True)
+    net.nodes.append(helper.make_node("Identity", [out], ["end"]))
+    net.zero("n.g", 0, [2])
+    check(net, source_of(net), worker)
+
+
+# ---- whole blocks, as ONNX Runtime's optimizer writes them ----
+
+
+def test_fused_bert(worker: Context) -> None:
+    """Packed attention and norms of sums: heads, dims and units go."""
+    form = Form("packed", (3, 3, 4, 4), opset=17)
+    net = Net(0, opset=17, hidden=6)
+    ids = "ids"
+    tables = [net.weight(name, 20, net.hidden) for name in ("words", "places")]
+    norm = [net.weight(name, net.hidden) for name in ("e.g", "e.h")]
+    embed = net.op("Cast", ids, to=TensorProto.INT32)
+    op = "EmbedLayerNormalization"
+    x = net.op(op, embed, "", *tables, "", *norm, outputs=2, domain=MICROSOFT)[0]
+    made = packed(net, form)
+    net.nodes[-1].input[0] = x
+    out = net.linear("o", made, 12, net.hidden, True)
+    y, _ = skip_norm(net, "n0", x, out, True)
+    y, _ = skip_norm(net, "n1", y, ffn(net, y), True)
+    net.nodes.append(helper.make_node("Identity", [y], ["end"]))
+    masks = nothing(form)
+    masks.v[2] = masks.q[:, 1] = masks.k[:, 3] = masks.o[:, 0] = True
+    apply(net, masks)
+    expect(net, form, left(masks))
+    check(net, of_ids(net), worker)
+
+
+def test_fused_llama(worker: Context) -> None:
+    """Grouped heads that rotate, root mean squares of sums, a gate: all of it shrinks."""
+    form = FORMS["grouped, rotary"]
+    net = Net(0, opset=23, hidden=6)
+    x = net.op("Gather", net.weight("table", 20, net.hidden), "ids")
+    y = net.op("RMSNormalization", x, net.weight("n.g", net.hidden), epsilon=1e-2)
+    heads, keys, dims, _ = form.sizes
+    sizes = zip("qkv", (heads, keys, keys), strict=True)
+    sides = [net.linear(n, y, net.hidden, count * dims, False) for n, count in sizes]
+    start = len(net.nodes)
+    made = grouped(net, form, *sides)
+    for node in net.nodes[start:]:
+        for place, name in enumerate(node.input):
+            node.input[place] = "ids" if name == "x" else name
+    out = net.linear("o", made, heads * dims, net.hidden, False)
+    y, x = skip_norm(net, "n0", x, out, False)
+    gate, up = (net.linear(n, y, net.hidden, 8, False) for n in ("gate", "up"))
+    gated = net.op("Mul", net.op("Mul", gate, net.op("Sigmoid", gate)), up)
+    y, x = skip_norm(net, "n1", x, net.linear("down", gated, 8, 6, False), False)
+    last = net.op("MatMul", y, net.weight("head", net.hidden, 5))
+    net.nodes.append(helper.make_node("Identity", [last], ["end"]))
+    masks = nothing(form)
+    masks.v[1] = masks.o[[1, 4]] = True
+    apply(net, masks)
+    net.zero("gate.w", 1, [2])
+    net.zero("up.w", 1, [3])
+    net.zero("down.w", 0, [4])
+    kept, gone = left(masks), [0, 5]
+    assert kept == Left(2, 2, 16, 16)
+    for name in ("table", "o.w", "down.w"):
+        net.zero(name, 1, gone)
+    for name in ("n0.b", "n1.b"):
+        net.zero(name, 0, gone)
+    for name, count in (("q", kept.heads), ("k", kept.keys), ("v", kept.keys)):
+        net.expect(f"{name}.w", 4, count * dims)
+    net.expect("o.w", kept.heads * dims, 4)
+    net.expect("table", -1, 4)
+    net.expect("gate.w", 4, 5)
+    net.expect("down.w", 5, 4)
+    net.expect("head", 4, -1)
+    check(net, of_ids(net), worker)
+
+
+# ---- what is declined ----
+
+
+def declined(
+    change: Callable[[NodeProto], None], form: Form, context: Context
+) -> list[str]:
+    """The reasons why a head that is not read stays, once the node is changed."""
+    net, masks = built(form, 0), nothing(form)
+    masks.o[0] = masks.v[0] = True
+    apply(net, masks)
+    change(next(node for node in net.nodes if node.op_type.endswith("Attention")))
+    model = support.run_passes(source_of(net), "zero-channels", context)
+    sizes = {t.name: tuple(t.dims) for t in support.final(model).graph.initializer}
+    name = "qkv.w" if form.op == "packed" else "v.w"
+    assert sizes[name] == net.weights[name].shape
+    return [skip.reason for skip in support.skips(model)]
+
+
+DECLINED: dict[str, tuple[str, Callable[[NodeProto], None], str]] = {
+    "rotating layer": (
+        "packed",
+        lambda node: node.attribute.append(helper.make_attribute("do_rotary", 1)),
+        "in pairs",
+    ),
+    "cache in one": (
+        "packed",
+        lambda node: node.output.append("present"),
+        "keys and values in one",
+    ),
+    "heads that do not divide": (
+        "multi",
+        lambda node: node.attribute[0].CopyFrom(helper.make_attribute("num_heads", 5)),
+        "do not divide",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DECLINED)
+def test_declined(name: str, worker: Context) -> None:
+    """Nothing goes where heads or dims are not known, for a reason."""
+    op, change, reason = DECLINED[name]
+    found = declined(change, FORMS[op], worker)
+    assert any(reason in text for text in found)

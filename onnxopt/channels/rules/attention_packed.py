@@ -111,10 +111,6 @@ class PackedAttention(Attention):
             sizes=("num_heads", ""),
         )
 
-    def is_layer(self, a: Analysis, node: NodeProto) -> bool:
-        """Where its form is known."""
-        return not isinstance(self.known_form(a, node), str)
-
     def known(self, a: Analysis, node: NodeProto, form: Form, role: str) -> Known:
         """By the layer: its bias is in it."""
         dims = form.dims[role]
