@@ -502,6 +502,29 @@ def spoil(net: Net, form: Form, mask: Mask) -> None:
     net.weights[name][[start + channel for channel in columns(mask)]] = 0.5
 
 
+@pytest.mark.parametrize("keys", [3, 8])
+@pytest.mark.parametrize("causal", [0, 1])
+def test_constant_values_of_other_keys(keys: int, causal: int, worker: Context) -> None:
+    """There is a key for each query, unless those of one that is late come first."""
+    form = Form("standard", WIDE, attributes=(("is_causal", causal),))
+    net, masks = Net(0, opset=23, hidden=6), nothing(form)
+    memory = net.weight("memory", 1, keys, 6)
+    net.nodes.append(helper.make_node("Expand", [memory, "sizes"], ["given"]))
+    sizes = [net.size("x", 0), net.const([keys]), net.const([6])]
+    net.op("Concat", *sizes, axis=0)
+    net.nodes[-1].output[0] = "sizes"
+    net.nodes.append(net.nodes.pop(-4))
+    start = len(net.nodes)
+    attention(net, form)
+    for node in net.nodes[start:]:
+        if {"k.w", "v.w"} & set(node.input):
+            node.input[0] = "given"
+    masks.v[0] = True
+    apply(net, masks)
+    spoil(net, form, masks.v)
+    shrink(net, form, left(nothing(form) if causal else masks), worker)
+
+
 def test_masked_rows_of_constant_values(worker: Context) -> None:
     """The same with a mask that leaves out all keys of a query."""
     form = FORMS["standard, mask"]
@@ -650,6 +673,40 @@ def static(source: ModelProto) -> ModelProto:
     for value in source.graph.input:
         value.type.tensor_type.shape.dim[0].dim_value = 2
     return source
+
+
+SHAPES = {
+    "standard": (Form("standard", GROUPS), 4),
+    "standard, apart": (Form("standard", GROUPS, is_apart=True), 4),
+    "multi": (Form("multi", WIDE), 4),
+    "grouped": (Form("grouped", (4, 2, 8, 8)), 3),
+    "packed": (Form("packed", WIDE), 1),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_inferred_shapes(name: str) -> None:
+    """Every output has the sizes that are inferred, with symbols for those of inputs."""
+    form, outputs = SHAPES[name]
+    net = built(form, 0)
+    source = with_outputs(net, outputs, {})
+    source.graph.output.append(helper.make_empty_tensor_value_info("made"))
+    node = node_of(source)
+    for reader in source.graph.node:
+        for place, given in enumerate(reader.input):
+            reader.input[place] = "made" if given == node.output[0] else given
+    node.output[0] = "made"
+    graph = Model.open(source).main
+    for number, (batch, sequence) in enumerate(((2, 5), (1, 7))):
+        symbols = {"batch": batch, "sequence": sequence}
+        feed = {"x": np.random.default_rng(number).random((batch, sequence, 6))}
+        made = support.run(source, {"x": feed["x"].astype(np.float32)})
+        for value, array in zip(source.graph.output, made, strict=True):
+            shape = graph.shape(value.name)
+            assert shape is not None
+            if form.op == "grouped" and value.name.startswith("present"):
+                shape = (*shape[:2], sequence, *shape[3:])  # as long as its buffer
+            assert [symbols.get(str(d), d) for d in shape] == list(array.shape)
 
 
 # ---- rotated positions ----

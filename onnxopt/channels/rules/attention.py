@@ -38,6 +38,7 @@ QUERIES, KEYS, VALUES, RESULT, HEADS = "queries", "keys", "values", "result", "h
 """Roles: [heads, dims] each, of keys and values [key heads, dims]; HEADS [heads]."""
 
 _READ = QUERIES, KEYS, VALUES
+_CAUSAL = "is_causal", "unidirectional"
 GROUPED = "heads by group"
 """The same heads as [key heads, heads of each]."""
 
@@ -165,8 +166,10 @@ class Attention(Rule):
             axis = 1 if len(part.axes) == 1 else 2
             sizes.append((a.shape(part.name(node)) or ())[axis : axis + 1])
         queries, values = sizes
-        known = bool(values) and isinstance(values[0], int) and values[0] > 0
-        return known or (bool(values) and values[0] is not None and values == queries)
+        if not values or values[0] is None or values == queries:
+            return bool(values) and values[0] is not None
+        is_causal = any(attributes.get(node, name, 0) for name in _CAUSAL)
+        return isinstance(values[0], int) and values[0] > 0 and not is_causal
 
     # ---- demand ----
 
