@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 QUERIES, KEYS, VALUES, RESULT, HEADS = "queries", "keys", "values", "result", "heads"
 """Roles: [heads, dims] each, of keys and values [key heads, dims]; HEADS [heads]."""
 
-_READ = QUERIES, KEYS, VALUES
-_CAUSAL = "is_causal", "unidirectional"
 GROUPED = "heads by group"
 """The same heads as [key heads, heads of each]."""
+_READ = QUERIES, KEYS, VALUES
+_CAUSAL = "is_causal", "unidirectional"
 
 
 @dataclass(frozen=True)
