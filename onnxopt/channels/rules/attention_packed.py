@@ -62,6 +62,13 @@ class PackedLayer(Layer):
 
     def made(self, a: Analysis, node: NodeProto, g: Geometry) -> Known | None:
         """What Q, K and V are, side by side; None where nothing is known."""
+        key = ("made", id(node))
+        if key not in a.kept:
+            a.kept[key] = self._made(a, node, g)
+        found: Known | None = a.kept[key]
+        return found
+
+    def _made(self, a: Analysis, node: NodeProto, g: Geometry) -> Known | None:
         matrix = self.matrix(a, node, g)
         bias = None if matrix.rows is None else self.bias(a, node, len(matrix.rows))
         if matrix.rows is None or bias is None:
