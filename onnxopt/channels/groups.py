@@ -35,7 +35,8 @@ Key = tuple[object, ...]
 class Slot:
     """`axes` (ascending) of a value, or of the constant that `reader` reads.
 
-    `start` is its first atom; atoms run through `dims` in row-major order.
+    `start` is its first atom; atoms run through `dims` in row-major order. A view is of
+    no value: `name` says of what, and `axes` are counted by itself.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Slot:
     dims: tuple[int, ...]
     start: int
     reader: tuple[NodeProto, int] | None = None
+    is_view: bool = False
 
     @property
     def size(self) -> int:
@@ -244,6 +246,22 @@ class Groups:
         nodes = [use.node for use in self.graph.uses(name)]
         for node in nodes if maker is None else [maker, *nodes]:
             self._awake.extend(self._waiting.get(id(node), ()))
+
+    def has_view(self, node: NodeProto, role: str) -> bool:
+        """Whether a node has a view of this role by now."""
+        return (id(node), role, "view") in self.slots
+
+    def view(self, node: NodeProto, role: str, dims: Sequence[int]) -> Slot:
+        """A slot of a node's own, with axes that no value has: heads of a flat axis.
+
+        What it is a view of is up to the ties that the node's rule adds.
+        """
+        key = (id(node), role, "view")
+        if key not in self.slots:
+            name, axes = f"{role} of {self.graph.label(node)}", tuple(range(len(dims)))
+            self.slots[key] = Slot(name, axes, tuple(dims), self.size, is_view=True)
+            self.size += self.slots[key].size
+        return self.slots[key]
 
     def add_sink(self, sink: Sink) -> None:
         """Ask `sink` which of its slot's channels may go."""

@@ -277,9 +277,9 @@ _SAME = """Abs Acos Acosh Asin Asinh Atan Atanh BatchNormalization BitwiseNot Ce
     Ceil Clip Cos Cosh CumSum Elu Erf Exp Floor Gelu GroupNormalization HardSigmoid
     HardSwish Hardmax InstanceNormalization LRN LayerNormalization LeakyRelu Log
     LogSoftmax LpNormalization MeanVarianceNormalization Mish
-    RMSNormalization Reciprocal Relu ReverseSequence Round Scatter ScatterElements
-    ScatterND Selu Shrink Sigmoid Sign Sin Sinh Softmax Softplus Softsign Sqrt Swish
-    Tan Tanh ThresholdedRelu Trilu"""
+    RMSNormalization Reciprocal Relu ReverseSequence RotaryEmbedding Round Scatter
+    ScatterElements ScatterND Selu Shrink Sigmoid Sign SimplifiedLayerNormalization Sin
+    Sinh Softmax Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Trilu"""
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_SAME.split(), same),

@@ -9,6 +9,7 @@ from onnxopt import attributes
 from onnxopt.symbolic import dim
 from onnxopt.symbolic.dim import Dim
 from onnxopt.symbolic.fact import Call, Dims, Fact, integers
+from onnxopt.symbolic.rules.attention import attention
 from onnxopt.symbolic.rules.elementwise import Rule, broadcast, fits
 from onnxopt.symbolic.rules.movement import axes_of, axis_of, normalized, sized
 
@@ -308,6 +309,7 @@ _REDUCE = """ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_REDUCE.split(), reduce),
+    "Attention": attention,
     **dict.fromkeys(("ArgMax", "ArgMin"), argument),
     **dict.fromkeys(("AveragePool", "LpPool", "MaxPool"), pool),
     **dict.fromkeys(("GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool"), global_pool),
