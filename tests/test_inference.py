@@ -125,6 +125,16 @@ def resizes() -> Iterator[Case]:
         yield node, [1, 1, length], weights
 
 
+def resizes_of_some_axes() -> Iterator[Case]:
+    """Named axes, one from the end; in opset 11 there are none."""
+    for axes, is_sized in itertools.product(([2, 3], [-1, 2], [3], [1, 2]), (0, 1)):
+        wanted = np.arange(6, 6 + len(axes)) if is_sized else np.float32([2, 0.5])
+        weights = {"k": wanted[: len(axes)]}
+        names = ["x", "", "", "k"] if is_sized else ["x", "", "k"]
+        node = helper.make_node("Resize", names, ["y"], mode="nearest", axes=axes)
+        yield node, [1, 4, 6, 8], weights
+
+
 def slices() -> Iterator[Case]:
     for start, end, step in itertools.product(
         (0, -1, 5, -7, 100), (0, -1, 3, -7, 100, INT64_MAX, -INT64_MAX), (1, -1, 2, -2)
@@ -140,7 +150,7 @@ def casts() -> Iterator[Case]:
 
 CASES = [
     *(*pools(), *convolutions(), *transposed_convolutions(), *recurrences()),
-    *(*quantizers(), *resizes(), *slices(), *casts()),
+    *(*quantizers(), *resizes(), *resizes_of_some_axes(), *slices(), *casts()),
 ]
 
 
