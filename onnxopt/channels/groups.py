@@ -12,6 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -46,7 +47,7 @@ class Slot:
     reader: tuple[NodeProto, int] | None = None
     is_view: bool = False
 
-    @property
+    @cached_property
     def size(self) -> int:
         """How many atoms it has."""
         return math.prod(self.dims)
@@ -457,16 +458,16 @@ class Link:
         found = self.other(side, index, sorted(axes))
         if found is None:
             return None
-        order = np.arange(found.size)
+        order = found.atoms
         if list(axes) != sorted(axes):
             turn = np.argsort(np.argsort(axes)).tolist()
             order = order.reshape(found.dims).transpose(turn).reshape(-1)
-        mine = np.arange(self.slot.size) if here is None else here
+        mine = self.slot.atoms if here is None else self.slot.start + here
         theirs = order if there is None else order[there]
         if len(mine) != len(theirs):
             self.bar("its channels do not match those before it")
             return None
-        self.groups.tie(self.slot.start + mine, found.start + theirs)
+        self.groups.tie(mine, theirs)
         return found
 
     def covering(self, side: Side, index: int, axes: Sequence[int]) -> Slot | None:
