@@ -191,9 +191,11 @@ def _bad_weight(site: Site) -> str | None:
     if site.weights and site.weights[0] is None:
         return "its weight does not come from DequantizeLinear"
     off = _off_axis(site)
-    if off is not None:
-        return f"{off}, not along its output channels"
-    return None
+    if off is None:
+        return None
+    if layer.op == "MatMul" and len(site.view.shape(site.node.input[1]) or ()) > 2:
+        return "its weight has rank 3 or more, and scales per channel"
+    return f"{off}, not along its output channels"
 
 
 def _off_axis(site: Site) -> str | None:
@@ -203,11 +205,8 @@ def _off_axis(site: Site) -> str | None:
         return None
     name = site.node.input[site.slots.weights[0]]
     axis, rank = _axis(site.view, name, made), len(site.view.shape(name) or ())
-    if axis is None or not rank:
+    if axis is None or not rank or axis == _output_axis(site, rank):
         return None
-    wanted = _output_axis(site, rank)
-    if axis == wanted:
-        return "its weight has rank 3 or more" if wanted is None else None
     return f"the scales of its weight vary along axis {axis}"
 
 
@@ -317,27 +316,46 @@ def _bias_dequantizer(site: Site) -> NodeProto | None:
 
 def _bad_output(site: Site) -> str | None:
     """What stands between the layer and a Q, or that there is none."""
-    view, node = site.view, site.node
-    name, op = node.output[0], site.layer.op
-    if op == "MatMul":
-        return _bad_sum(site)
-    if op == "Gemm" and not _has_float_bias(site):
+    view, name = site.view, site.node.output[0]
+    only = view.only_use(name)
+    if only is None:
+        return _shared_output(site)
+    if view.op(only.node) == "QuantizeLinear":
         return None
-    use = view.only_use(name)
-    if use is None:
-        if view.is_output(name):
-            return "its result is an output of the graph, too"
-        return "its result is read by several nodes, and not by one Q"
-    if view.op(use.node) == "QuantizeLinear":
-        return None
-    between = use.node
-    what = view.label(between)
-    behind = view.only_use(between.output[0]) if between.output else None
-    if behind is not None and view.op(behind.node) == "QuantizeLinear":
-        if view.op(between) in ("Relu", "Clip"):
-            return f"{what} stands before the Q, whose range does not imply it"
+    what = view.label(only.node)
+    behind = view.only_use(only.node.output[0]) if only.node.output else None
+    is_quantized = behind is not None and view.op(behind.node) == "QuantizeLinear"
+    if is_quantized and view.op(only.node) in ("Relu", "Clip"):
+        return f"{what} stands before the Q, whose range does not imply it"
+    if site.layer.op in WITHOUT_OUTPUT:
+        return _float_bias(site)
+    if is_quantized:
         return f"{what} stands between it and the Q"
     return f"no Q behind it ({what} reads its result)"
+
+
+def _shared_output(site: Site) -> str | None:
+    """What is wrong with a result that goes to several places, or out of the graph."""
+    view, name = site.view, site.node.output[0]
+    quantizes = any(view.op(use.node) == "QuantizeLinear" for use in view.uses(name))
+    if not quantizes and site.layer.op in WITHOUT_OUTPUT:
+        return _float_bias(site)
+    if view.is_output(name):
+        return "its result is an output of the graph, too"
+    return "its result is read by several nodes, and not by one Q"
+
+
+def _float_bias(site: Site) -> str | None:
+    """A float bias of a layer without a Q behind it, that of an Add included."""
+    view, slot = site.view, site.slots.bias
+    if site.layer.op == "Gemm":
+        given = slot is not None and slot < len(site.node.input) and site.node.input[slot]
+        is_float = given and dequantizer(view, given) is None
+        return "its bias is float, and no Q is behind it" if is_float else None
+    only = view.only_use(site.node.output[0])
+    if only is None or view.op(only.node) != "Add":
+        return None
+    return "it becomes a Gemm with the float bias of Add, and no Q is behind that"
 
 
 def _quantizer_behind(site: Site) -> NodeProto | None:
@@ -345,21 +363,3 @@ def _quantizer_behind(site: Site) -> NodeProto | None:
     use = site.view.only_use(site.node.output[0])
     is_quantizer = use is not None and site.view.op(use.node) == "QuantizeLinear"
     return use.node if use is not None and is_quantizer else None
-
-
-def _bad_sum(site: Site) -> str | None:
-    """MatMul and Add become Gemm, which with a float bias needs a Q behind it."""
-    view = site.view
-    use = view.only_use(site.node.output[0])
-    if use is None or view.op(use.node) != "Add":
-        return None
-    other = use.node.input[1 - use.index]
-    if view.weight(other) is None:
-        return None
-    return "it becomes a Gemm with the float bias of Add, and no Q is behind that"
-
-
-def _has_float_bias(site: Site) -> bool:
-    slot = site.slots.bias
-    given = slot is not None and slot < len(site.node.input) and site.node.input[slot]
-    return bool(given) and dequantizer(site.view, str(given)) is None
