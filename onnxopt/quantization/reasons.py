@@ -59,6 +59,24 @@ def why_float(site: Site, provider: str = CPU) -> Because:
     return Because(told or "for a reason that is not known", True)
 
 
+def lacks_output(site: Site) -> bool:
+    """Whether a layer would fuse if its result were quantized, and only then.
+
+    No other Q reads the result, nor that of a Relu or Clip behind it.
+    """
+    layer, view = site.layer, site.view
+    if _is_float(site) or _no_kernel(site) or layer.activation.mode != "static":
+        return False
+    if layer.activation.granularity != "per-tensor" or layer.output is not None:
+        return False
+    if _bad_weight(site) or _bad_bias(site):
+        return False
+    others = [use for use in view.uses(site.node.output[0]) if use.view is view]
+    if any(view.op(use.node) == "QuantizeLinear" for use in others):
+        return False
+    return _bad_output(site) is not None
+
+
 def worth_knowing(site: Site, machine: str) -> Iterator[str]:
     """What is wrong or slow about a layer that runs in integers."""
     layer = site.layer
