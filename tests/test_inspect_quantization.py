@@ -273,6 +273,22 @@ def test_a_product_that_a_quantizer_and_others_read_is_not_fused(op: str) -> Non
     assert layer.reason == "its result is read by several nodes, and not by one Q"
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+def test_int8_codes_with_several_readers_are_not_fused(dtype: str) -> None:
+    """A residual connection: neither what makes them nor what reads them."""
+    b = Builder()
+    first = b.node("Conv", [b.qdq("x", dtype), b.weight([4, 4, 1, 1], axis=0)], "first")
+    shared = b.qdq(first, dtype)
+    second = b.node("Conv", [shared, b.weight([4, 4, 1, 1], axis=0)], "second")
+    total = b.node("Add", [shared, b.qdq(second, dtype)], "total")
+    found = integer_kernels(b.model(b.qdq(total, dtype), x=[1, 4, 8, 8]))
+    assert [layer.runs == "integer" for layer in found.layers] == [dtype == "uint8"] * 3
+    told = f"the int8 codes of {shared!r} have several readers: uint8 would fuse"
+    assert {layer.reason for layer in found.layers} == (
+        {told} if dtype == "int8" else {None}
+    )
+
+
 def test_scales_of_half_precision_are_not_fused() -> None:
     half = np.float16
     b = Builder(21)

@@ -42,8 +42,8 @@ class LayerKernel(QuantizedLayer, frozen=True, kw_only=True):
 
     `kernel`: the operator that ONNX Runtime made of it, None where it could not be
     found. `runs`: `integer` arithmetic, integer `weights` that meet float activations,
-    `float`, or `unknown`. `fusable`: it runs in integers, or would with the same types
-    if `reason` did not stand against it. `notes`: what is wrong or slow all the same.
+    `float`, or `unknown`. `fusable`: it runs in integers, or would, in 8 bits, if
+    `reason` did not stand against it. `notes`: what is wrong or slow all the same.
     """
 
     kernel: str | None

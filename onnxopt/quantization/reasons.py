@@ -55,7 +55,7 @@ def why_float(site: Site, provider: str = CPU) -> Because:
     if layer.activation.mode == "none":
         told, fusable = _weight_only(site)
         return Because(told, fusable)
-    told = _bad_weight(site) or _bad_bias(site) or _bad_output(site)
+    told = _bad_weight(site) or _bad_bias(site) or _bad_output(site) or _shared(site)
     return Because(told or "for a reason that is not known", True)
 
 
@@ -165,6 +165,36 @@ def _float_operand(site: Site) -> str | None:
 
 
 _BINARY = ("Add", "Mul")
+
+
+# ---- int8 ----
+
+
+def _shared(site: Site) -> str | None:
+    """int8 codes that have several readers, before the layer or behind it.
+
+    ONNX Runtime makes uint8 of int8 on x86, and leaves those as they are.
+    """
+    slots = [slot for slot in site.slots.activations if slot < len(site.node.input)]
+    values = [site.node.input[slot] for slot in slots]
+    quantizer = _quantizer_behind(site)
+    if quantizer is not None:
+        values += [use.node.output[0] for use in site.view.uses(quantizer.output[0])]
+    for name in values:
+        if _has_shared_codes(site.view, name):
+            return f"the int8 codes of {name!r} have several readers: uint8 would fuse"
+    return None
+
+
+def _has_shared_codes(view: GraphView, name: str) -> bool:
+    maker = dequantizer(view, name)
+    if maker is None or view.dtype(maker.input[0]) != TensorProto.INT8:
+        return False
+    shared = 0
+    for use in view.uses(maker.input[0]):
+        made = use.node.output[0]
+        shared += len(view.uses(made)) + view.is_output(made)
+    return shared > 1 or len(view.uses(name)) > 1
 
 
 # ---- weights alone ----
