@@ -289,6 +289,20 @@ def test_int8_codes_with_several_readers_are_not_fused(dtype: str) -> None:
     )
 
 
+def test_several_dequantizers_of_one_int8_value_are_several_readers() -> None:
+    b = Builder()
+    first = b.qdq("x", "int8")
+    second = b.node("DequantizeLinear", list(b.nodes[-1].input))
+    layers = [b.node("Conv", [x, b.weight([4, 4, 1, 1])]) for x in (first, second)]
+    total = b.node("Add", [b.qdq(y, "int8") for y in layers])
+    found = integer_kernels(b.model(total, x=[1, 4, 8, 8]))
+    told = [layer.reason for layer in found.layers if layer.op == "Conv"]
+    assert told == [
+        f"the int8 codes of {x!r} have several readers: uint8 would fuse"
+        for x in (first, second)
+    ]
+
+
 def test_scales_of_half_precision_are_not_fused() -> None:
     half = np.float16
     b = Builder(21)
