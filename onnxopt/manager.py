@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
@@ -17,16 +17,23 @@ from onnxopt.model import Model
 from onnxopt.report import Guarantee
 from onnxopt.target import TARGETS, Target
 
+if TYPE_CHECKING:
+    from onnxopt.data.inputs import Feeds
+
 log = logging.getLogger("onnxopt.manager")
 
 MAX_ROUNDS = 12
 
 
 class Context(msgspec.Struct):
-    """What a pass may ask besides the graph."""
+    """What a pass may ask besides the graph.
+
+    `feeds`: the user's data, None where none was given; made-up feeds tell no ranges.
+    """
 
     target: Target = TARGETS["onnx"]
     evaluator: Evaluator = msgspec.field(default_factory=Evaluator)
+    feeds: Feeds | None = None
 
 
 class Pass(msgspec.Struct):

@@ -13,13 +13,15 @@ class Target(msgspec.Struct, frozen=True):
     """What a deployment runtime runs well.
 
     `domains` are those that a pass may emit beyond the model's own; `activation` and
-    `weight` are the 8-bit types of its QDQ layout (None: no QDQ on activations).
+    `weight` are the 8-bit types of its QDQ layout (None: no QDQ on activations), with
+    zero point 0 where `symmetric`.
     """
 
     name: str
     domains: frozenset[str] = frozenset({""})
     activation: str | None = "uint8"
     weight: str = "int8"
+    symmetric: bool = False
 
 
 _ORT = frozenset({"", "com.microsoft"})
@@ -30,7 +32,7 @@ TARGETS = {
         Target("ort-cpu-x86", _ORT),
         Target("ort-cpu-arm", _ORT, activation="int8"),
         Target("ort-cuda", _ORT, activation=None),
-        Target("tensorrt", activation="int8"),
+        Target("tensorrt", activation="int8", symmetric=True),
     )
 }
 

@@ -46,6 +46,7 @@ _HOMES = {
     "constant-chain": ("simplify.constant_chain", "MergeConstants"),
     "div-to-mul": ("simplify.div_to_mul", "DivToMul"),
     "fold-qdq-weights": ("qdq.fold_qdq_weights", "FoldQdqWeights"),
+    "add-output-quantizer": ("qdq.add_output_quantizer", "AddOutputQuantizer"),
     "dead-layers": ("shrink.dead_layers", "DeadLayers"),
     "zero-channels": ("shrink.zero_channels", "ZeroChannels"),
     "merge-linear": ("shrink.merge_linear", "MergeLinear"),
@@ -108,7 +109,7 @@ _SIMPLIFY = (
     "div-to-mul",
 )
 
-ON_REQUEST = ("inline-functions", "round-to-zero")
+ON_REQUEST = ("inline-functions", "add-output-quantizer", "round-to-zero")
 """Passes of no recipe that comes with onnxopt: they change what a user may want kept."""
 
 _SHRINK = ("dead-layers", "zero-channels", "merge-linear")
