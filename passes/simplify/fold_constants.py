@@ -25,10 +25,11 @@ from onnx import NodeProto, TensorProto
 
 from onnxopt import arithmetic, attributes
 from onnxopt.edit import Edit
-from onnxopt.evaluate import EvaluationError, constant_model
+from onnxopt.evaluate import MAX_VALUE_BYTES, EvaluationError, constant_values
 from onnxopt.graph import GraphView, constant_value
 from onnxopt.manager import Context, Pass
 from onnxopt.operators import RANDOM
+from onnxopt.quantization.written_out import is_narrow_weight
 from onnxopt.report import Guarantee
 from onnxopt.symbolic.fact import array_of
 from onnxopt.weights import Array, payload_bytes, tensor_bytes
@@ -48,8 +49,6 @@ _WIDE = {
 _SMALL_SOURCE = 256
 _SHARE = 100
 """One fold may add this part of the model; all together keep to the budget of the run."""
-MAX_VALUE_BYTES = 512 << 20
-"""No value larger than this is computed, not even on the way to a smaller one."""
 
 
 class FoldConstants(Pass):
@@ -95,7 +94,8 @@ class FoldConstants(Pass):
                 continue  # nothing reads them, or they are too large
             sources = _sources(graph, group)
             try:
-                values = _values(graph, context, group, _read(graph, frontier))
+                read = _read(graph, frontier)
+                values = constant_values(graph, context.evaluator, group, read)
             except EvaluationError as error:
                 for node in frontier:
                     graph.skip(node, f"its value could not be computed: {error}")
@@ -159,22 +159,6 @@ class FoldConstants(Pass):
         return max(self.max_growth, sources // 4, share)
 
 
-def _values(
-    graph: GraphView, context: Context, group: list[NodeProto], names: list[str]
-) -> dict[str, Array]:
-    """What `group` makes, of `names`: by NumPy where it can, else by ONNX Runtime."""
-    known: dict[str, Array | None] = {"": None}
-    for node in group:
-        inputs = [known[n] if n in known else graph.array(n) for n in node.input]
-        made = arithmetic.evaluate(node, inputs, graph.opset(), most=MAX_VALUE_BYTES)
-        if made is None:
-            model = constant_model(graph, group, names)
-            return context.evaluator.evaluate(model)
-        known[node.output[0]] = made
-    found = {name: known[name] for name in names}
-    return {name: value for name, value in found.items() if value is not None}
-
-
 def _sources(graph: GraphView, nodes: list[NodeProto]) -> int:
     """Bytes of the constants that `nodes` read."""
     names = {name for node in nodes for name in node.input if name}
@@ -230,13 +214,23 @@ def _is_foldable(graph: GraphView, node: NodeProto) -> bool:
     """Whether the pass may compute this operator at all, its inputs aside."""
     if graph.op(node) != node.op_type or node.op_type in _NEVER or not node.output:
         return False
-    if node.op_type == "Cast" and graph.dtype(node.input[0]) not in _WIDE:
-        # narrow weights behind a Cast stay narrow, however small the model
-        tensor = graph.weight(node.input[0])
-        if tensor is not None and math.prod(tensor.dims) > arithmetic.MAX_ELEMENTS:
-            graph.skip(node, "it would expand narrow weights")
-            return False
+    if node.op_type == "Cast" and _expands_narrow(graph, node):
+        graph.skip(node, "it would expand narrow weights")
+        return False
     return not any(True for _ in attributes.subgraphs(node))
+
+
+def _expands_narrow(graph: GraphView, cast: NodeProto) -> bool:
+    """Whether narrow weights would no longer be, in however large a model.
+
+    Zero points and scales, which are small and not scaled themselves, may fold.
+    """
+    if graph.dtype(cast.input[0]) in _WIDE:
+        return False
+    tensor = graph.weight(cast.input[0])
+    if tensor is not None and math.prod(tensor.dims) > arithmetic.MAX_ELEMENTS:
+        return True
+    return is_narrow_weight(graph, cast)
 
 
 def _is_small(graph: GraphView, name: str) -> bool:

@@ -1,0 +1,137 @@
+"""fake-quant: QuantizeLinear and DequantizeLinear for quantizers in single steps.
+
+    v = Div(x, s)
+    r = Round(v)
+    a = Add(r, z)                    q = QuantizeLinear(x, s, z)
+    c = Clip(a, 0, 255)         ->   y = DequantizeLinear(q, s, z)
+    d = Sub(c, z)
+    y = Mul(d, s)
+
+1. Any chain in float32 of Add, Sub, Mul and Div by constants, Clip, Relu, Min, Max and
+   Casts around one Round, Floor or Ceil, or a straight-through estimator of Round: the
+   forms of torch, of LSQ, PACT and Keras. Per tensor, or per channel along one axis.
+2. It is not the form that decides but the function: for every finite float32 the result
+   is the same, which is proven level by level (see `onnxopt.quantization.staircase`).
+   x * (1 / s) qualifies where s is a power of two; a zero point that is added before
+   rounding moves ties, and does not. NaN becomes a code (the least, in ONNX Runtime).
+3. 256 levels are an 8-bit code; 65536 and 16 need opset 21; fewer than 256 become an
+   8-bit code behind a Clip, per tensor.
+
+near-fake-quant: the same where values within a thousandth of a step from a tie may go to
+the other side. On request: it is lossy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import numpy as np
+from onnx import NodeProto
+
+from onnxopt.edit import Edit
+from onnxopt.graph import GraphView
+from onnxopt.linear import DeclinedError
+from onnxopt.manager import Context, Pass
+from onnxopt.quantization.chains import ROUNDING, Chain, Link, links_around
+from onnxopt.quantization.recognition import Found, Proof, UnboundedError, find
+from onnxopt.quantization.staircase import Floats32, composed, is_equal, nearly_equal
+from onnxopt.report import Guarantee
+
+
+class FakeQuant(Pass):
+    """Replace quantizers in single steps by QuantizeLinear and DequantizeLinear."""
+
+    name: ClassVar[str] = "fake-quant"
+    guarantee: ClassVar[Guarantee] = "equivalent"
+    proof: ClassVar[Proof] = staticmethod(is_equal)
+
+    def run(self, graph: GraphView, context: Context) -> None:
+        """Look at what surrounds each operator that rounds."""
+        for node in graph.visit(self, ROUNDING):
+            try:
+                found = _recognize(graph, node, type(self).proof)
+            except DeclinedError as declined:
+                graph.skip(node, str(declined))
+                continue
+            if found is None:
+                continue
+            chain, nodes = found
+            edit = Edit(graph, chain.end)
+            nodes.write(edit, chain.value)
+            graph.apply(edit, "it computes what QuantizeLinear and DequantizeLinear do")
+
+
+class NearFakeQuant(FakeQuant):
+    """The same where values next to a tie may be rounded to its other side."""
+
+    name: ClassVar[str] = "near-fake-quant"
+    guarantee: ClassVar[Guarantee] = "lossy"
+    proof: ClassVar[Proof] = staticmethod(nearly_equal)
+
+
+def _recognize(
+    graph: GraphView, node: NodeProto, proof: Proof
+) -> tuple[Chain, Found] | None:
+    """The shortest chain around `node` that is a quantizer; None where none may be.
+
+    Raises DeclinedError where one looks like it.
+    """
+    reason = None
+    for chain in _candidates(*links_around(graph, node)):
+        try:
+            axis = chain.channel_axis(graph)
+            divisors, factor = _scales(chain)
+            found = find(graph, composed(chain.steps()), divisors, factor, axis, proof)
+        except UnboundedError:
+            continue
+        except DeclinedError as declined:
+            reason = str(declined)
+            continue
+        if chain.is_closed(graph):
+            return chain, found
+        reason = "its inner values have other readers"
+    if reason:
+        raise DeclinedError(reason)
+    return None
+
+
+def _candidates(before: list[Link], middle: Link, after: list[Link]) -> Iterator[Chain]:
+    """What scales, rounds, and scales again, the shortest first."""
+    ends = range(1, len(after) + 1)
+    starts = range(len(before) - 1, -1, -1)
+    pairs = sorted(
+        ((start, end) for start in starts for end in ends),
+        key=lambda pair: pair[1] - pair[0],
+    )
+    for start, end in pairs:
+        scales = any(link.is_scale for link in before[start:])
+        if scales and any(link.is_scale for link in after[:end]):
+            yield Chain((*before[start:], middle, *after[:end]))
+
+
+def _scales(chain: Chain) -> tuple[list[Floats32], Floats32]:
+    """What the scales of QuantizeLinear may be, and that of DequantizeLinear."""
+    links = list(chain.links)
+    middle = next(i for i, link in enumerate(links) if link.kind in (*ROUNDING, "Estimator"))
+    factor = _product(links[middle:], "Mul")
+    divisor = _product(links[:middle], "Div")
+    if np.array_equal(divisor, factor):
+        return [factor], factor
+    return [factor, divisor], factor
+
+
+def _product(links: list[Link], kind: str) -> Floats32:
+    """Of the constants of `kind`, divided by those of the opposite one."""
+    scales = [link for link in links if link.is_scale]
+    if len(scales) == 1 and scales[0].kind == kind:
+        return np.asarray(scales[0].constants[0].reshape(-1, 1), np.float32)
+    product = np.ones((1, 1))
+    with np.errstate(all="ignore"):
+        for link in scales:
+            constant = link.constants[0].reshape(-1, 1).astype(np.float64)
+            product = product * constant if link.kind == kind else product / constant
+        rounded = product.astype(np.float32)
+    if not (np.isfinite(rounded).all() and (rounded > 0).all()):
+        raise DeclinedError("its scale is no number of float32")
+    return np.asarray(rounded)
