@@ -47,7 +47,7 @@ _HOMES = {
     "div-to-mul": ("simplify.div_to_mul", "DivToMul"),
     "integer-weights": ("qdq.integer_weights", "IntegerWeights"),
     "fake-quant": ("qdq.fake_quant", "FakeQuant"),
-    "near-fake-quant": ("qdq.fake_quant", "NearFakeQuant"),
+    "near-fake-quant": ("qdq.near_fake_quant", "NearFakeQuant"),
     "custom-quantizers": ("qdq.custom_quantizers", "CustomQuantizers"),
     "fold-qdq-weights": ("qdq.fold_qdq_weights", "FoldQdqWeights"),
     "dead-layers": ("shrink.dead_layers", "DeadLayers"),

@@ -54,6 +54,11 @@ class Link(msgspec.Struct, frozen=True, eq=False):
         """Whether it multiplies or divides."""
         return self.kind in ("Mul", "Div")
 
+    @property
+    def rounds(self) -> bool:
+        """Whether it makes whole numbers of any."""
+        return self.kind in (*ROUNDING, "Estimator")
+
     def step(self) -> Step:
         """What it computes, of [channels, values]."""
         operands = [_aligned(array) for array in self.constants]
@@ -184,7 +189,10 @@ def _casts(graph: GraphView, first: NodeProto, second: NodeProto) -> Link | None
 
 
 def _link(graph: GraphView, node: NodeProto) -> Link | None:
-    if attributes.has_references(node) or graph.dtype(node.output[0]) != TensorProto.FLOAT:
+    if (
+        attributes.has_references(node)
+        or graph.dtype(node.output[0]) != TensorProto.FLOAT
+    ):
         return None
     op = graph.op(node)
     if op in AFFINE:
@@ -238,6 +246,7 @@ def _aligned(array: Array) -> Array:
 
 def _step(kind: str, operands: Sequence[Array]) -> Step:
     def run(values: Floats32) -> Floats32:
+        made: Array
         match kind:
             case "Add":
                 made = values + operands[0]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import ml_dtypes
 import msgspec
 import numpy as np
+from onnx import helper
 
 from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
@@ -79,8 +80,9 @@ def find(
 ) -> Found:
     """The nodes that compute `function`; raises DeclinedError.
 
-    UnboundedError says that it is no quantizer at all. `divisors` are what the scale of QuantizeLinear may be, [channels, 1] or [1, 1], and
-    `factor` what that of DequantizeLinear is; `axis` is that of the channels, if any.
+    UnboundedError says that it is no quantizer at all. `divisors` are what the scale of
+    QuantizeLinear may be, [channels, 1] or [1, 1], and `factor` what that of
+    DequantizeLinear is; `axis` is that of the channels, if any.
     """
     channels = max(len(item) for item in (*divisors, factor))
     low, high = levels(function, factor, channels)
@@ -92,7 +94,7 @@ def find(
                 return _found(quantizer, data_type, axis)
             is_near |= proof is is_equal and nearly_equal(function, quantizer)
     if is_near:
-        raise DeclinedError("it rounds values next to a tie to the other side")
+        raise DeclinedError("it rounds values next to a tie to its other side")
     raise DeclinedError("it is not what QuantizeLinear and DequantizeLinear compute")
 
 
@@ -175,7 +177,7 @@ def _quantizer(
     low: Floats,
     high: Floats,
 ) -> Quantizer:
-    least, most = int(ml_dtypes.iinfo(data_type).min), int(ml_dtypes.iinfo(data_type).max)
+    least, most = parameters.code_limits(int(helper.np_dtype_to_tensor_dtype(data_type)))
     bounds = None
     if (high - low < most - least).any():
         bounds = (float(divisor[0, 0]) * low[0, 0], float(divisor[0, 0]) * high[0, 0])

@@ -18,8 +18,6 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from onnxopt.weights import Array
-
 Floats32 = npt.NDArray[np.float32]
 Step = Callable[[Floats32], Floats32]
 """One operator of a chain; it does not fall, and computes as its ONNX kernel does."""
@@ -55,7 +53,8 @@ class Quantizer(msgspec.Struct, frozen=True, eq=False):
             values = np.clip(values, *np.array(self.bounds, np.float32))
         with np.errstate(all="ignore"):
             shifted = np.rint(values / self.divisor) + self.zero_point
-        return np.clip(shifted, np.float32(self.low), np.float32(self.high))
+        limits = np.float32(self.low), np.float32(self.high)
+        return np.asarray(np.clip(shifted, *limits), np.float32)
 
     def __call__(self, values: Floats32) -> Floats32:
         """What DequantizeLinear makes of the codes."""
@@ -81,9 +80,7 @@ def composed(steps: Sequence[Step]) -> Step:
 
 def ends(function: Step, channels: int) -> tuple[Floats32, Floats32]:
     """The least and the largest value of `function`, [channels, 1] each."""
-    extremes = np.broadcast_to(
-        np.array([-LARGEST, LARGEST], np.float32), (channels, 2)
-    )
+    extremes = np.broadcast_to(np.array([-LARGEST, LARGEST], np.float32), (channels, 2))
     values = np.broadcast_to(function(extremes), (channels, 2))
     return values[:, :1], values[:, 1:]
 
@@ -143,7 +140,7 @@ def _thresholds(
     count = int((most - least).max(initial=0))
     if not count or (most - least != count).any() or channels * count > MAX_LEVELS:
         return None, np.zeros((channels, 0), np.float32)
-    codes = least + np.arange(1, count + 1, dtype=np.float32)
+    codes: Floats32 = (least + np.arange(1, count + 1)).astype(np.float32)
     low = np.full((channels, count), -_TOP, np.int64)
     high = np.full((channels, count), _TOP, np.int64)
     while (low < high).any():
@@ -158,4 +155,3 @@ def _floats(keys: npt.NDArray[np.int64]) -> Floats32:
     """The floats that have these places in the order of all; 0 is at 0."""
     bits = np.abs(keys).astype(np.int32).view(np.float32)
     return np.asarray(np.where(keys < 0, -bits, bits))
-

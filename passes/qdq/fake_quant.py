@@ -16,9 +16,6 @@
    rounding moves ties, and does not. NaN becomes a code (the least, in ONNX Runtime).
 3. 256 levels are an 8-bit code; 65536 and 16 need opset 21; fewer than 256 become an
    8-bit code behind a Clip, per tensor.
-
-near-fake-quant: the same where values within a thousandth of a step from a tie may go to
-the other side. On request: it is lossy.
 """
 
 from __future__ import annotations
@@ -35,7 +32,7 @@ from onnxopt.linear import DeclinedError
 from onnxopt.manager import Context, Pass
 from onnxopt.quantization.chains import ROUNDING, Chain, Link, links_around
 from onnxopt.quantization.recognition import Found, Proof, UnboundedError, find
-from onnxopt.quantization.staircase import Floats32, composed, is_equal, nearly_equal
+from onnxopt.quantization.staircase import Floats32, composed, is_equal
 from onnxopt.report import Guarantee
 
 
@@ -44,30 +41,25 @@ class FakeQuant(Pass):
 
     name: ClassVar[str] = "fake-quant"
     guarantee: ClassVar[Guarantee] = "equivalent"
-    proof: ClassVar[Proof] = staticmethod(is_equal)
 
     def run(self, graph: GraphView, context: Context) -> None:
         """Look at what surrounds each operator that rounds."""
         for node in graph.visit(self, ROUNDING):
-            try:
-                found = _recognize(graph, node, type(self).proof)
-            except DeclinedError as declined:
-                graph.skip(node, str(declined))
-                continue
-            if found is None:
-                continue
-            chain, nodes = found
-            edit = Edit(graph, chain.end)
-            nodes.write(edit, chain.value)
-            graph.apply(edit, "it computes what QuantizeLinear and DequantizeLinear do")
+            rewrite(graph, node, is_equal)
 
 
-class NearFakeQuant(FakeQuant):
-    """The same where values next to a tie may be rounded to its other side."""
-
-    name: ClassVar[str] = "near-fake-quant"
-    guarantee: ClassVar[Guarantee] = "lossy"
-    proof: ClassVar[Proof] = staticmethod(nearly_equal)
+def rewrite(graph: GraphView, node: NodeProto, proof: Proof) -> None:
+    """Write the quantizer around `node`, which rounds, if it is one by `proof`."""
+    try:
+        found = _recognize(graph, node, proof)
+    except DeclinedError as declined:
+        graph.skip(node, str(declined))
+        return
+    if found is not None:
+        chain, nodes = found
+        edit = Edit(graph, chain.end)
+        nodes.write(edit, chain.value)
+        graph.apply(edit, "it computes what QuantizeLinear and DequantizeLinear do")
 
 
 def _recognize(
@@ -113,7 +105,7 @@ def _candidates(before: list[Link], middle: Link, after: list[Link]) -> Iterator
 def _scales(chain: Chain) -> tuple[list[Floats32], Floats32]:
     """What the scales of QuantizeLinear may be, and that of DequantizeLinear."""
     links = list(chain.links)
-    middle = next(i for i, link in enumerate(links) if link.kind in (*ROUNDING, "Estimator"))
+    middle = next(i for i, link in enumerate(links) if link.rounds)
     factor = _product(links[middle:], "Mul")
     divisor = _product(links[:middle], "Div")
     if np.array_equal(divisor, factor):
