@@ -132,9 +132,8 @@ def links_around(
     after: list[Link] = []
     value = middle.output
     while len(after) < MAX_LINKS:
-        use = graph.only_use(value)
-        link = None if use is None else _starting_at(graph, use.node)
-        if link is None or link.value != value:
+        link = _following(graph, value)
+        if link is None:
             break
         after.append(link)
         value = link.output
@@ -165,6 +164,15 @@ def _ending_at(graph: GraphView, node: NodeProto) -> Link | None:
             return None
         return _casts(graph, first, node)
     return _link(graph, node)
+
+
+def _following(graph: GraphView, value: str) -> Link | None:
+    """The first link that reads `value`; `Chain.is_closed` tells of other readers."""
+    for use in graph.uses(value):
+        link = _starting_at(graph, use.node) if use.view is graph else None
+        if link is not None and link.value == value:
+            return link
+    return None
 
 
 def _starting_at(graph: GraphView, node: NodeProto) -> Link | None:

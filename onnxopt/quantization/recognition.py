@@ -94,7 +94,9 @@ def find(
                 return _found(quantizer, data_type, axis)
             is_near |= proof is is_equal and nearly_equal(function, quantizer)
     if is_near:
-        raise DeclinedError("it rounds values next to a tie to its other side")
+        raise DeclinedError(
+            "it rounds values next to a tie to its other side; near-fake-quant takes that"
+        )
     raise DeclinedError("it is not what QuantizeLinear and DequantizeLinear compute")
 
 
@@ -103,10 +105,11 @@ def levels(function: Step, factor: Floats32, channels: int) -> tuple[Floats, Flo
 
     Raises UnboundedError where there are more of them than 16 bits count.
     """
+    extremes = ends(function, channels)
+    if np.isnan(extremes).any():
+        raise DeclinedError("what it makes of large values is not a number")
     with np.errstate(all="ignore"):
-        low, high = (
-            np.rint(end.astype(np.float64) / factor) for end in ends(function, channels)
-        )
+        low, high = (np.rint(end.astype(np.float64) / factor) for end in extremes)
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         raise UnboundedError("its values have no bounds")
     if (high - low > MOST).any():

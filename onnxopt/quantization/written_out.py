@@ -75,17 +75,16 @@ def scaling(graph: GraphView, node: NodeProto) -> Scaling | None:
     if op == "Div" and use.index == 1:
         return None
     found = Scaling(use.node, use.index)
-    if graph.dtype(found.whole) not in FLOATS:
+    if graph.dtype(found.whole) not in (*FLOATS, None):  # None: in a function
         return None
     return None if cone(graph, [found.whole, found.scale]) is None else found
 
 
 def is_narrow_weight(graph: GraphView, cast: NodeProto) -> bool:
     """Whether `cast` makes floats of a stored quantized weight, which is then scaled."""
-    if graph.dtype(cast.input[0]) not in NARROW:
-        return False
     tensor = graph.weight(cast.input[0])
-    if tensor is not None and elements(tensor) < 2:
+    kind = graph.dtype(cast.input[0]) if tensor is None else tensor.data_type
+    if kind not in NARROW or (tensor is not None and elements(tensor) < 2):
         return False
     return scaling(graph, cast) is not None
 

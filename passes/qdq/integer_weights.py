@@ -102,6 +102,8 @@ def _store(graph: GraphView, context: Context, found: Scaling) -> None:
     whole, scale = ({**made, **known}[name] for name in names)
     if whole.size < 2:
         return
+    if whole.dtype not in (np.float32, np.float16) or scale.dtype != whole.dtype:
+        raise DeclinedError(f"DequantizeLinear makes no {whole.dtype} of ours")
     layout = layout_of(whole, scale)
     grid = _Grid.of(found, whole, layout)
     weight = coded(graph, grid.whole, grid.layout, narrow)

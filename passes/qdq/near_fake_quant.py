@@ -6,8 +6,8 @@
     y = Mul(Sub(c, z), s)
 
 1. Values within a thousandth of a step from a tie may go to its other side, and results
-   differ in their last digits. That is what separates x * (1 / s) from x / s, rounding
-   behind the zero point from rounding before it, and rounding half up from half to even.
+   may differ by a thousandth of a step. That is what separates x * (1 / s) from x / s,
+   rounding behind the zero point from before it, and half up from half to even.
 2. It is lossy, in no recipe, and to be judged by the user's budget.
 """
 

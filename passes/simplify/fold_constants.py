@@ -29,7 +29,7 @@ from onnxopt.evaluate import MAX_VALUE_BYTES, EvaluationError, constant_values
 from onnxopt.graph import GraphView, constant_value
 from onnxopt.manager import Context, Pass
 from onnxopt.operators import RANDOM
-from onnxopt.quantization.written_out import is_narrow_weight
+from onnxopt.quantization.written_out import NARROW, is_narrow_weight
 from onnxopt.report import Guarantee
 from onnxopt.symbolic.fact import array_of
 from onnxopt.weights import Array, payload_bytes, tensor_bytes
@@ -127,7 +127,9 @@ class FoldConstants(Pass):
         if any(graph.is_output(name) for name in values) and not _may_output(graph):
             graph.skip(nodes[0], "a constant cannot be an output at this IR version")
             return False
-        edit = Edit(graph, nodes[0], max_growth=self._allowed(graph, sources))
+        narrow = any(_is_narrow(graph, node) for node in nodes)
+        allowed = self._allowed(graph, sources, narrow)
+        edit = Edit(graph, nodes[0], max_growth=allowed)
         for node in nodes:
             edit.erase(node)
         for name, value in values.items():
@@ -145,8 +147,9 @@ class FoldConstants(Pass):
             pending = {id(node): node for node in group}
             frontier = [node for node in group if _is_frontier(graph, node, pending)]
             sources = _sources(graph, group)
+            narrow = any(_is_narrow(graph, node) for node in frontier)
             growth = sum(_value_bytes(graph, node) for node in frontier) - sources
-            if not frontier or growth <= self._allowed(graph, sources):
+            if not frontier or growth <= self._allowed(graph, sources, narrow):
                 return group, frontier
             for node in frontier:
                 graph.skip(node, f"the model would grow by {growth:,} bytes")
@@ -154,7 +157,10 @@ class FoldConstants(Pass):
             group = [node for node in group if node is not largest]
         return [], []
 
-    def _allowed(self, graph: GraphView, sources: int) -> int:
+    def _allowed(self, graph: GraphView, sources: int, narrow: bool) -> int:
+        """By how much a fold may grow the model; packed weights are not unpacked."""
+        if narrow:
+            return self.max_growth
         share = graph.model.ledger.start_bytes // _SHARE
         return max(self.max_growth, sources // 4, share)
 
@@ -218,6 +224,11 @@ def _is_foldable(graph: GraphView, node: NodeProto) -> bool:
         graph.skip(node, "it would expand narrow weights")
         return False
     return not any(True for _ in attributes.subgraphs(node))
+
+
+def _is_narrow(graph: GraphView, node: NodeProto) -> bool:
+    """Whether a node makes what quantized weights are stored as."""
+    return any(graph.dtype(name) in NARROW for name in node.output if name)
 
 
 def _expands_narrow(graph: GraphView, cast: NodeProto) -> bool:
