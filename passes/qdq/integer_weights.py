@@ -52,7 +52,7 @@ from onnxopt.quantization.written_out import (
     sources,
 )
 from onnxopt.report import Guarantee
-from onnxopt.weights import Array, elements
+from onnxopt.weights import Array
 
 _INTEGERS = (
     TensorProto.INT32,
@@ -110,16 +110,20 @@ def _store(graph: GraphView, context: Context, found: Scaling) -> None:
     if not np.array_equal(weight.values(), grid.product(found.node.op_type)):
         raise DeclinedError("DequantizeLinear would round its values otherwise")
     end = found.node
-    if not any(_is_shared(graph, item) for item in sources(graph, nodes)):
+    if not _is_shared(graph, sources(graph, nodes), [*nodes, end]):
         weight, end = moved(graph, weight, end)
     edit = Edit(graph, end)
     weight.write(edit)
     graph.apply(edit, "DequantizeLinear makes its values of codes")
 
 
-def _is_shared(graph: GraphView, tensor: TensorProto) -> bool:
+def _is_shared(
+    graph: GraphView, weights: list[TensorProto], nodes: list[NodeProto]
+) -> bool:
     """Whether others read a weight too: their codes, not moved, can be the same."""
-    return elements(tensor) > 1 and graph.only_use_everywhere(tensor.name) is None
+    own = {id(node) for node in nodes}
+    readers = [use for item in weights for use in graph.home_uses(item.name)]
+    return any(id(use.node) not in own for use in readers)
 
 
 def _is_layers(graph: GraphView, name: str) -> bool:
