@@ -24,6 +24,7 @@ from onnxopt import attributes
 from onnxopt.data.inputs import Feed
 from onnxopt.model import Model
 from onnxopt.save import stage
+from onnxopt.validation.written import rounding
 from onnxopt.weights import tensor_bytes, tensors
 
 # Above this, models are not copied to move their weights; their inputs still are.
@@ -75,7 +76,8 @@ def facts(model: onnx.ModelProto, path: Path) -> Facts:
     kinds = {"float32", *(_computes_in(model, nodes))}
     precision = next((p for p in ("bfloat16", "float16") if p in kinds), "float32")
     return Facts(
-        quantized=any(node.op_type in _QUANTIZED for node in nodes),
+        quantized=any(node.op_type in _QUANTIZED for node in nodes)
+        or bool(rounding(model.graph.node)),
         precision=precision,
         float_inputs=any(
             info.type.tensor_type.elem_type in _FLOATS for info in model.graph.input
