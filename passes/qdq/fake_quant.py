@@ -14,7 +14,10 @@
    is the same, which is proven level by level (see `onnxopt.quantization.staircase`).
    x * (1 / s) qualifies where s is a power of two; a zero point that is added before
    rounding moves ties, and does not. NaN becomes a code (the least, in ONNX Runtime).
-3. 256 levels are an 8-bit code; 65536 and 16 need opset 21; fewer than 256 become an
+3. Not before a Conv, ConvTranspose or Gemm whose weight is a constant of floats: it would
+   remain a float layer, or worse: ONNX Runtime quantizes such weights on its own, per
+   tensor, where a QuantizeLinear follows.
+4. 256 levels are an 8-bit code; 65536 and 16 need opset 21; fewer than 256 become an
    8-bit code behind a Clip, per tensor.
 """
 
@@ -33,7 +36,11 @@ from onnxopt.manager import Context, Pass
 from onnxopt.quantization.chains import ROUNDING, Chain, Link, links_around
 from onnxopt.quantization.recognition import Found, Proof, UnboundedError, find
 from onnxopt.quantization.staircase import Floats32, composed, is_equal
+from onnxopt.quantization.written_out import MOVES
 from onnxopt.report import Guarantee
+
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm")
+_PASSED = (*MOVES, "MaxPool", "Slice")
 
 
 class FakeQuant(Pass):
@@ -57,9 +64,28 @@ def rewrite(graph: GraphView, node: NodeProto, proof: Proof) -> None:
         return
     if found is not None:
         chain, nodes = found
+        reader = float_layer(graph, chain.end.output[0])
+        if reader is not None:
+            label = graph.label(reader)
+            graph.skip(node, f"ONNX Runtime might quantize the float weight of {label}")
+            return
         edit = Edit(graph, chain.end)
         nodes.write(edit, chain.value)
         graph.apply(edit, "it computes what QuantizeLinear and DequantizeLinear do")
+
+
+def float_layer(graph: GraphView, name: str) -> NodeProto | None:
+    """A layer of constant float weights that reads `name`, maybe moved."""
+    for use in graph.uses(name):
+        op = graph.op(use.node)
+        if op in _WEIGHTED and use.index == 0:
+            if graph.weight(use.node.input[1]) is not None:
+                return use.node
+        elif op in _PASSED:
+            found = float_layer(graph, use.node.output[0])
+            if found is not None:
+                return found
+    return None
 
 
 def _recognize(
