@@ -46,6 +46,7 @@ _HOMES = {
     "constant-chain": ("simplify.constant_chain", "MergeConstants"),
     "div-to-mul": ("simplify.div_to_mul", "DivToMul"),
     "integer-weights": ("qdq.integer_weights", "IntegerWeights"),
+    "grid-weights": ("qdq.grid_weights", "GridWeights"),
     "fake-quant": ("qdq.fake_quant", "FakeQuant"),
     "near-fake-quant": ("qdq.near_fake_quant", "NearFakeQuant"),
     "custom-quantizers": ("qdq.custom_quantizers", "CustomQuantizers"),
@@ -115,7 +116,13 @@ _SIMPLIFY = (
 
 # Weights are to be seen before their arithmetic is folded, and what quantizes activations
 # behind that, when its scales are known, but before they are merged with what is beside.
-_RECOGNIZE = ("integer-weights", "fold-constants", "custom-quantizers", "fake-quant")
+_RECOGNIZE = (
+    "integer-weights",
+    "fold-constants",
+    "grid-weights",
+    "custom-quantizers",
+    "fake-quant",
+)
 _QDQ = ("fold-qdq-weights",)
 
 ON_REQUEST = ("inline-functions", "round-to-zero", "near-fake-quant")

@@ -31,6 +31,7 @@ from onnxopt.quantization.staircase import Quantizer, is_equal, nearly_equal
 from tests import support
 from tests.support import Array
 
+WEIGHTS = "integer-weights{weight_only=true}"
 LARGEST = float(np.finfo(np.float32).max)
 Weights = dict[str, Array]
 
@@ -423,7 +424,7 @@ def test_stored_weights(kind: str, dtype: str, context: Context) -> None:
     for granularity in ("tensor", "one", "column", "columns", "block"):
         for moves in range(16):
             model = weight_model(rng, kind, granularity, dtype, moves)
-            result = support.run_passes(model, "integer-weights,dead-code", context)
+            result = support.run_passes(model, WEIGHTS + ",dead-code", context)
             assert not reasons(result), (granularity, moves)
             ops = support.op_types(result)
             assert "DequantizeLinear" in ops
@@ -471,7 +472,7 @@ def test_rounded_weights(seed: int, context: Context) -> None:
             weight = (rng.standard_normal((8, 5)) * 2).astype(np.float32)
             v = form(b, b.constant(weight), scale, zero, low, high)
             model = b.model(b.add("MatMul", "x", v), ["n", 8], 13)
-            result = support.run_passes(model, "integer-weights", context)
+            result = support.run_passes(model, WEIGHTS, context)
             assert support.op_types(result) == ["DequantizeLinear", "MatMul"]
             tensors = support.final(result).graph.initializer
             assert {len(to_array(t).tobytes()) for t in tensors if len(t.dims) == 2} == {
@@ -497,7 +498,7 @@ def test_packed_weights(context: Context) -> None:
         v = b.add("Mul", v, rng.uniform(0.01, 0.1, (6, 4, 1)).astype(np.float32))
         v = b.add("Transpose", b.add("Reshape", v, np.array([6, 16])), perm=[1, 0])
         model = b.model(b.add("MatMul", "x", v), ["n", 16])
-        result = support.run_passes(model, "integer-weights", context)
+        result = support.run_passes(model, WEIGHTS, context)
         assert support.op_types(result) == ["DequantizeLinear", "MatMul"]
         node = result.main.nodes()[0]
         codes = result.main.weight(node.input[0])
@@ -753,3 +754,63 @@ def test_no_recipe_expands_integer_weights(
             support.run(support.final(result), {"x": x}),
             "equivalent",
         )
+
+
+# ---- weights that exporters folded ----
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("form", EXACT)
+def test_folded_weights(form: Form, transposed: bool, context: Context) -> None:
+    """What `simplify` makes of a rounded weight becomes codes again."""
+    rng = np.random.default_rng(0)
+    for low, high, zero in ((-128, 127, 0), (-127, 127, 0), (-8, 7, 0), (0, 255, 97)):
+        zero = 0 if form is learned_form else zero
+        weight = rng.standard_normal((20, 40)).astype(np.float32)
+        axis = 0 if transposed else 1
+        scale = np.abs(weight).max(axis=1 - axis, keepdims=True) / max(high - zero, -low)
+        b = Builder()
+        v = form(b, b.constant(weight), scale.astype(np.float32), f32(zero), low, high)
+        v = b.add("Gemm", "x", v, transB=1) if transposed else b.add("MatMul", "x", v)
+        model = b.model(v, ["n", 40 if transposed else 20], 13)
+        folded = support.final(support.run_passes(model, "fold-constants", context))
+        assert len(folded.graph.node) == 1
+        result = support.run_passes(folded, "grid-weights{weight_only=true}", context)
+        assert support.op_types(result)[0] == "DequantizeLinear", (low, high)
+        check_weight(folded, result)
+
+
+def test_folded_blocks(context: Context) -> None:
+    """4-bit codes in blocks of 16 inputs."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-8, 8, (12, 4, 16)).astype(np.float32)
+    scale = rng.uniform(0.01, 0.1, (12, 4, 1)).astype(np.float32)
+    weight = np.ascontiguousarray((codes * scale).reshape(12, 64).T)
+    b = Builder()
+    model = b.model(b.add("MatMul", "x", weight), ["n", 64])
+    result = support.run_passes(model, "grid-weights{weight_only=true}", context)
+    assert support.op_types(result) == ["DequantizeLinear", "MatMul"]
+    stored = result.main.weight(result.main.nodes()[0].input[0])
+    assert stored is not None
+    assert stored.data_type == TensorProto.INT4
+    check_weight(model, result)
+
+
+@pytest.mark.parametrize("change", ["random", "last-digit", "few-values", "9-bits"])
+def test_other_weights_stay(change: str, context: Context) -> None:
+    """Random ones, one that is off by a last digit, signs, and codes of 9 bits."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-100, 101, (30, 40)).astype(np.float32)
+    weight = codes * f32(0.0123)
+    if change == "random":
+        weight = rng.standard_normal((30, 40)).astype(np.float32)
+    if change == "last-digit":
+        weight[3, 7] = np.nextafter(f32(55 * 0.0123), f32(1))
+    if change == "few-values":
+        weight = np.sign(codes)
+    if change == "9-bits":
+        weight = rng.integers(-255, 256, (30, 40)).astype(np.float32) * f32(0.0123)
+    b = Builder()
+    model = b.model(b.add("MatMul", "x", weight), ["n", 30], 13)
+    result = support.run_passes(model, "grid-weights{weight_only=true}", context)
+    assert not result.ledger.edits

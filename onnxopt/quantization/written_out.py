@@ -16,6 +16,8 @@ from onnxopt.graph import GraphView
 from onnxopt.operators import RANDOM
 from onnxopt.weights import PACKED_BITS, elements
 
+MAX_STEPS = 8
+"""Operators between a quantizer and what reads its values."""
 MAX_NODES = 64
 """Operators that a constant may be made by."""
 NARROW = frozenset(
@@ -36,6 +38,7 @@ FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 MOVES = ("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 
 _ON_THE_WAY = frozenset({"Add", "Sub", "Cast", "Clip", "Min", "Max", "Relu", *MOVES})
+_QUANTIZERS = ("DequantizeLinear", "Round", "Floor", "Ceil")
 _UNKNOWN = RANDOM | {"DequantizeLinear", "QuantizeLinear"}
 
 
@@ -78,6 +81,38 @@ def scaling(graph: GraphView, node: NodeProto) -> Scaling | None:
     if graph.dtype(found.whole) not in (*FLOATS, None):  # None: in a function
         return None
     return None if cone(graph, [found.whole, found.scale]) is None else found
+
+
+def float_product(graph: GraphView, name: str) -> NodeProto | None:
+    """A MatMul or Gemm that reads weight `name`, and activations that are not quantized.
+
+    ONNX Runtime makes MatMulNBits of it and of a DequantizeLinear before it, which
+    rounds the activations to 8 bits, by its default settings.
+    """
+    for use in graph.uses(name):
+        op = graph.op(use.node)
+        if op in MOVES:
+            found = float_product(graph, use.node.output[0])
+            if found is not None:
+                return found
+        elif op in ("MatMul", "Gemm") and use.index == 1:
+            if attributes.get(use.node, "transB", 0):
+                continue
+            if not _is_quantized(graph, use.node.input[0], MAX_STEPS):
+                return use.node
+    return None
+
+
+def _is_quantized(graph: GraphView, name: str, steps: int) -> bool:
+    """Whether a quantizer, of whatever form, makes `name`."""
+    node = graph.producer(name)
+    if node is None or not steps:
+        return False
+    if node.op_type in _QUANTIZERS or "Quant" in node.op_type:
+        return True
+    if node.op_type not in (*_ON_THE_WAY, "Mul", "Div", "MaxPool"):
+        return False
+    return any(_is_quantized(graph, item, steps - 1) for item in node.input if item)
 
 
 def is_narrow_weight(graph: GraphView, cast: NodeProto) -> bool:

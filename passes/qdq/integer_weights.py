@@ -22,7 +22,9 @@
    zero point where they fit, or uint8. Codes that were packed become int4 or uint4, and
    so do rounded floats in blocks; that takes opset 21, without which they stay packed.
 5. Transpose, Reshape and the like behind are carried out on the codes.
-6. Rounded floats, and integers of 32 and 64 bits, only where a layer reads them.
+6. Not where a MatMul or Gemm would read it beside floats, unless `weight_only`: ONNX
+   Runtime makes MatMulNBits of those, and rounds the floats to 8 bits by default.
+7. Rounded floats, and integers of 32 and 64 bits, only where a layer reads them.
 
 It has to run before `fold-constants`, which would compute the floats.
 """
@@ -48,6 +50,7 @@ from onnxopt.quantization.written_out import (
     NARROW,
     Scaling,
     cone,
+    float_product,
     scaling,
     sources,
 )
@@ -70,6 +73,8 @@ class IntegerWeights(Pass):
     name: ClassVar[str] = "integer-weights"
     guarantee: ClassVar[Guarantee] = "bitwise"
 
+    weight_only: bool = False
+
     def run(self, graph: GraphView, context: Context) -> None:
         """From each operator that makes whole floats to the one that scales them."""
         seen: dict[int, NodeProto] = {}
@@ -80,12 +85,21 @@ class IntegerWeights(Pass):
             if found is None or id(found.node) in seen:
                 continue
             seen[id(found.node)] = found.node
+            layer = float_product(graph, found.node.output[0])
+            if layer is not None and not self.weight_only:
+                graph.skip(found.node, weight_only_reason(graph, layer))
+                continue
             try:
                 _store(graph, context, found)
             except DeclinedError as declined:
                 graph.skip(found.node, str(declined))
             except EvaluationError as error:
                 graph.skip(found.node, f"its value could not be computed: {error}")
+
+
+def weight_only_reason(graph: GraphView, layer: NodeProto) -> str:
+    """Why a weight stays as it is."""
+    return f"ONNX Runtime would round the activations of {graph.label(layer)} to 8 bits"
 
 
 def _store(graph: GraphView, context: Context, found: Scaling) -> None:
