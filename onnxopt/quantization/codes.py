@@ -118,7 +118,7 @@ def coded(
         return Weight(codes, layout, zeros.astype(floats[0]), name)
     if not np.array_equal(np.rint(whole), whole):
         raise DeclinedError("its values are not whole numbers")
-    if np.abs(whole).max(initial=0) > float(np.iinfo(np.uint16).max):
+    if float(np.abs(whole).max(initial=0)) > np.iinfo(np.uint16).max:
         raise DeclinedError("its values do not fit into 16 bits")
     numbers = whole.astype(np.int32)
     stored = _as_stored(graph, numbers, layout, narrow)
