@@ -86,7 +86,7 @@ def test_pipelines(text: str, expected: list[Pass]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nothing", "unknown pass 'nothing'; there are .*, custom-quantizers, dead-code, "),
+        ("nothing", "unknown pass 'nothing'; there are .*, custom-quantizers, dead"),
         ("identity{x=1}", "pass 'identity' has no parameter 'x'"),
         ("fold-constants{x=1}", "no parameter 'x'; it has max_growth"),
         ("fold-constants{max_growth=a}", "pass 'fold-constants': .*max_growth"),
