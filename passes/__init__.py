@@ -46,6 +46,8 @@ _HOMES = {
     "constant-chain": ("simplify.constant_chain", "MergeConstants"),
     "div-to-mul": ("simplify.div_to_mul", "DivToMul"),
     "fold-qdq-weights": ("qdq.fold_qdq_weights", "FoldQdqWeights"),
+    "requantize": ("qdq.requantize", "Requantize"),
+    "move-qdq": ("qdq.move_qdq", "MoveQdq"),
     "dead-layers": ("shrink.dead_layers", "DeadLayers"),
     "zero-channels": ("shrink.zero_channels", "ZeroChannels"),
     "merge-linear": ("shrink.merge_linear", "MergeLinear"),
@@ -111,10 +113,12 @@ _SIMPLIFY = (
 ON_REQUEST = ("inline-functions", "round-to-zero")
 """Passes of no recipe that comes with onnxopt: they change what a user may want kept."""
 
+_QDQ = ("fold-qdq-weights", "requantize", "move-qdq")
+
 _SHRINK = ("dead-layers", "zero-channels", "merge-linear")
 
 PIPELINES: dict[str, tuple[str, ...]] = {
-    "default": (*_SIMPLIFY, "fold-qdq-weights", *_SHRINK),
+    "default": (*_SIMPLIFY, *_QDQ, *_SHRINK),
     "simplify": _SIMPLIFY,
     "shrink": (
         "dead-code",
