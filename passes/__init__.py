@@ -48,6 +48,8 @@ _HOMES = {
     "fold-qdq-weights": ("qdq.fold_qdq_weights", "FoldQdqWeights"),
     "requantize": ("qdq.requantize", "Requantize"),
     "move-qdq": ("qdq.move_qdq", "MoveQdq"),
+    "qoperator-to-qdq": ("qdq.qoperator_to_qdq", "QOperatorToQdq"),
+    "qdq-to-qoperator": ("qdq.qdq_to_qoperator", "QdqToQOperator"),
     "dead-layers": ("shrink.dead_layers", "DeadLayers"),
     "zero-channels": ("shrink.zero_channels", "ZeroChannels"),
     "merge-linear": ("shrink.merge_linear", "MergeLinear"),
@@ -110,7 +112,12 @@ _SIMPLIFY = (
     "div-to-mul",
 )
 
-ON_REQUEST = ("inline-functions", "round-to-zero")
+ON_REQUEST = (
+    "inline-functions",
+    "qoperator-to-qdq",
+    "qdq-to-qoperator",
+    "round-to-zero",
+)
 """Passes of no recipe that comes with onnxopt: they change what a user may want kept."""
 
 _QDQ = ("fold-qdq-weights", "requantize", "move-qdq")

@@ -41,13 +41,18 @@ Rule = Callable[[GraphView, NodeProto, Parameters], Carried]
 class _Carrier(msgspec.Struct, frozen=True):
     rule: Rule
     since: int = 10
-    """The opset from which on the operator takes 8-bit codes, in ONNX and ONNX Runtime."""
+    """Since which opset ONNX and ONNX Runtime have it for 8-bit codes."""
     wide: bool = True
     """Whether it takes 16-bit codes as well."""
     reshapes: bool = False
     """Whether it moves all elements and makes none: it can be done to a constant."""
     grows: bool = False
     """Whether its result can have more elements than its data."""
+
+
+def operators() -> tuple[str, ...]:
+    """The operators that can be carriers."""
+    return tuple(_CARRIERS)
 
 
 def is_carrier(graph: GraphView, node: NodeProto) -> bool:
@@ -107,11 +112,11 @@ def _reshape(graph: GraphView, node: NodeProto, made: Parameters) -> Carried:
     before, after = graph.shape(node.input[0]), graph.shape(node.output[0])
     if before is None or after is None:
         raise DeclinedError("the shape is not known, and scales follow an axis")
-    numbers = _numbers(before), _numbers(after)
-    if numbers[0] is None or numbers[1] is None:
+    old, new = _numbers(before), _numbers(after)
+    if old is None or new is None:
         raise DeclinedError("the sizes are not known, and scales follow an axis")
     found = axes.normalize([made.axis], len(before))
-    axis = None if found is None else _survivor(*numbers, found[0])
+    axis = None if found is None else _survivor(old, new, found[0])
     if axis is None:
         raise DeclinedError(f"the axis of the scales is lost from {before} to {after}")
     return Carried(axis=axis)

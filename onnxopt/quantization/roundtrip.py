@@ -139,7 +139,7 @@ def _model(
     single = len(scale) == 1  # before opset 13 there is no axis
     if single:
         scale, zero = scale.reshape(()), zero.reshape(())
-    axis = {} if single else {"axis": 0}
+    axis: dict[str, Any] = {} if single else {"axis": 0}
     pair = ["scale", "zero"]
     nodes = [
         helper.make_node("DequantizeLinear", ["q", *pair], ["x"], **axis, **first),

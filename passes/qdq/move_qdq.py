@@ -16,8 +16,8 @@
    DequantizeLinear, operator, QuantizeLinear with equal parameters do without the two
    (`requantize` takes the rest away).
 5. For `ort-cpu` also where ONNX Runtime fuses more then: DequantizeLinear goes down to
-   what it fuses with, QuantizeLinear up to what it fuses with. For `tensorrt`, which wants
-   its pairs, and for `ort-cuda`, which has no integer kernels, they stay.
+   what it fuses with, QuantizeLinear up to what it fuses with. For `tensorrt`, which
+   wants its pairs, and for `ort-cuda`, which has no integer kernels, they stay.
 6. QuantizeLinear does not go up through MaxPool: of NaN beside numbers the largest is not
    the one whose code is the largest.
 
@@ -43,6 +43,7 @@ from onnxopt.quantization.carriers import (
     carried,
     grows,
     is_carrier,
+    operators,
     reshapes,
     takes,
 )
@@ -54,10 +55,10 @@ from onnxopt.weights import Array
 MAX_GROWTH = 256
 """Bytes that a transposed weight may add: names and shapes, no second weight."""
 
-FUSED = frozenset(
-    "Add AveragePool Conv Gemm GlobalAveragePool LeakyRelu MatMul Mul Sigmoid "
-    "Softmax".split()
+_FUSED = (
+    "Add AveragePool Conv Gemm GlobalAveragePool LeakyRelu MatMul Mul Sigmoid Softmax"
 )
+FUSED = frozenset(_FUSED.split())
 """What ONNX Runtime's CPU provider fuses with DequantizeLinear and QuantizeLinear."""
 
 
@@ -70,7 +71,7 @@ class MoveQdq(Pass):
     def run(self, graph: GraphView, context: Context) -> None:
         """Operator by operator: past those before it, then past those behind it."""
         work = _Work(graph, context, RoundTrips(context.evaluator))
-        for node in graph.visit(self, _MOVERS):
+        for node in graph.visit(self, operators()):
             try:
                 if not work.sink(node):
                     work.rise(node)
@@ -255,12 +256,6 @@ class _Work(msgspec.Struct):
         if self.graph.op(maker) in FUSED:
             return True
         return is_carrier(self.graph, maker) and self._leads_to_fused(maker)
-
-
-_MOVERS = tuple(
-    "Concat DepthToSpace Expand Flatten Gather GatherElements GatherND MaxPool Pad "
-    "Reshape Resize Slice SpaceToDepth Split Squeeze Tile Transpose Unsqueeze".split()
-)
 
 
 def _is_alone(graph: GraphView, first: NodeProto) -> bool:
