@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import ml_dtypes
 import msgspec
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
@@ -71,6 +72,10 @@ class RoundTrips(msgspec.Struct):
         for scale, zero in _pairs(made, len(codes)):
             batch = np.broadcast_to(codes, (len(scale), len(codes)))
             back = None
+            if scale.dtype == ml_dtypes.bfloat16:
+                if not _is_safe(batch, Parameters(scale, zero, 0)):
+                    return "some code may change in bfloat16"
+                continue
             if not first and not second:
                 back = _in_numpy(batch, Parameters(scale, zero, 0))
             if back is None:
@@ -125,6 +130,21 @@ def _in_numpy(codes: Array, made: Parameters) -> Array | None:
     """Of 8-bit codes with float32 scales; None where a product is not finite."""
     with np.errstate(over="ignore"):
         return quantize(made.dequantized(codes), made.scale, made.zero_point, 0)
+
+
+def _is_safe(codes: Array, made: Parameters) -> bool:
+    """Of bfloat16 scales, for which ONNX Runtime has no kernel: whether codes come back
+    with a ratio in float32, and with one in bfloat16.
+    """
+    if made.data_type not in INTEGER_CODES:
+        return False
+    wide = made.along(made.scale, 2).astype(np.float32)
+    whole = codes.astype(np.int64) - made.along(made.zero_point, 2).astype(np.int64)
+    with np.errstate(over="ignore"):
+        values = (whole.astype(np.float32) * wide).astype(made.scale.dtype)
+        ratio = values.astype(np.float32) / wide
+    narrow = ratio.astype(made.scale.dtype).astype(np.float32)
+    return bool((np.rint(ratio) == whole).all() and (np.rint(narrow) == whole).all())
 
 
 def _model(
