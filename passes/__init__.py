@@ -47,6 +47,7 @@ _HOMES = {
     "div-to-mul": ("simplify.div_to_mul", "DivToMul"),
     "fold-qdq-weights": ("qdq.fold_qdq_weights", "FoldQdqWeights"),
     "requantize": ("qdq.requantize", "Requantize"),
+    "share-qdq": ("qdq.share_qdq", "ShareQdq"),
     "move-qdq": ("qdq.move_qdq", "MoveQdq"),
     "qoperator-to-qdq": ("qdq.qoperator_to_qdq", "QOperatorToQdq"),
     "qdq-to-qoperator": ("qdq.qdq_to_qoperator", "QdqToQOperator"),
@@ -120,7 +121,7 @@ ON_REQUEST = (
 )
 """Passes of no recipe that comes with onnxopt: they change what a user may want kept."""
 
-_QDQ = ("fold-qdq-weights", "requantize", "move-qdq")
+_QDQ = ("fold-qdq-weights", "requantize", "share-qdq", "move-qdq")
 
 _SHRINK = ("dead-layers", "zero-channels", "merge-linear")
 

@@ -122,7 +122,8 @@ class _Work(msgspec.Struct):
         for index, output in enumerate(node.output):
             codes = self.graph.fresh(f"{output}_quantized")
             edit.divert(node, index, codes)
-            self._like(edit, first, [codes, *first.input[1:]], output, how)
+            if self.graph.is_used(output):
+                self._like(edit, first, [codes, *first.input[1:]], output, how)
         return self.graph.apply(edit, f"{node.op_type} moves codes as it moves values")
 
     def _sources(
@@ -210,14 +211,15 @@ class _Work(msgspec.Struct):
         graph = self.graph
         if self._layout != "ort-cpu" or graph.op(node) == "MaxPool":
             return False
-        quantizers = [self._reader(name) for name in node.output]
-        last = quantizers[0]
+        read = [i for i, name in enumerate(node.output) if graph.is_used(name)]
+        quantizers = {index: self._reader(node.output[index]) for index in read}
+        last = next(iter(quantizers.values()), None)
         if last is None or not self._leads_to_fused(node):
             return False
         made = parameters(graph, last)
         if not made.is_per_tensor or not takes(graph, node, made.data_type):
             return False
-        for other in quantizers:
+        for other in quantizers.values():
             if other is None or not _are_alike(graph, last, other):
                 return False
         how = carried(graph, node, made)
@@ -227,10 +229,13 @@ class _Work(msgspec.Struct):
             settings = {i.name: attributes.value_of(i) for i in last.attribute}
             edit.set_input(node, slot, edit.insert(last.op_type, source, 1, settings)[0])
         _set_constants(edit, node, how)
-        for index, quantizer in enumerate(quantizers):
-            assert quantizer is not None
-            edit.erase(quantizer)
-            edit.divert(node, index, quantizer.output[0])
+        for index, name in enumerate(node.output):
+            quantizer = quantizers.get(index)
+            if quantizer is None:
+                edit.divert(node, index, graph.fresh(f"{name}_quantized"))
+            else:
+                edit.erase(quantizer)
+                edit.divert(node, index, quantizer.output[0])
         return graph.apply(edit, "ONNX Runtime fuses QuantizeLinear with what is before")
 
     def _reader(self, name: str) -> NodeProto | None:
