@@ -293,6 +293,10 @@ def test_integer_products(
     made = support.final(opened)
     assert_near(source, made)
     assert support.find_tensor(made, "w") == support.find_tensor(source, "w")
+    again = support.run_passes(made, "qdq-to-qoperator", context)
+    assert not support.skips(again)
+    assert op_type in support.op_types(again)
+    assert_near(source, support.final(again))
 
 
 @pytest.mark.parametrize("per_channel", [False, True])

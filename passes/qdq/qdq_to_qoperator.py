@@ -13,7 +13,9 @@
 3. A bias is DequantizeLinear of int32 at the scale xs ws, to the bit; of another one, or
    of floats, the rewrite is declined.
 4. Softmax at a scale of 1/256, where ONNX Runtime's has no error of its own.
-5. What the operator makes is read by QuantizeLinear alone.
+5. What the operator makes is read by QuantizeLinear alone. Conv and MatMul of what
+   DynamicQuantizeLinear makes have no such reader: ConvInteger and MatMulInteger, times
+   both scales.
 
 Both forms round the same real number, computed with other roundings before: where it lies
 midway between two codes, they can differ by one (`onnxopt.quantization.qoperators`).
@@ -31,7 +33,7 @@ from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
 from onnxopt.linear import DeclinedError
 from onnxopt.manager import Context, Pass
-from onnxopt.quantization.parameters import Parameters, parameters
+from onnxopt.quantization.parameters import Parameters, integer_weight, parameters
 from onnxopt.quantization.qoperators import (
     BY_MEANING,
     MICROSOFT,
@@ -42,6 +44,11 @@ from onnxopt.quantization.qoperators import (
 from onnxopt.report import Guarantee
 
 _EIGHT_BITS = (TensorProto.INT8, TensorProto.UINT8)
+_INTEGER = {
+    "Conv": ("ConvInteger", (TensorProto.UINT8,)),
+    "MatMul": ("MatMulInteger", _EIGHT_BITS),
+}
+"""Products of integers, and the types of weights for which ONNX Runtime has kernels."""
 _WITH_WEIGHT = ("Conv", "MatMul", "Gemm")
 _PRODUCTS = (
     (TensorProto.UINT8, TensorProto.UINT8),
@@ -60,16 +67,26 @@ class QdqToQOperator(Pass):
     def run(self, graph: GraphView, context: Context) -> None:
         """Operator by operator."""
         for node in graph.visit(self, tuple(BY_MEANING)):
-            last = _quantizer(graph, node)
-            if last is None or not _all_dequantized(graph, node):
-                continue
-            form = BY_MEANING[graph.op(node)]
             try:
-                edit = _rewritten(graph, context, node, last, form)
+                edit = _edit(graph, context, node)
             except DeclinedError as declined:
                 graph.skip(node, str(declined))
-            else:
-                graph.apply(edit, f"{node.op_type} between DQ and Q is {form.op_type}")
+                continue
+            if edit is not None:
+                graph.apply(edit, f"{node.op_type} of codes, as an operator on codes")
+
+
+def _edit(graph: GraphView, context: Context, node: NodeProto) -> Edit | None:
+    """What puts an operator on codes in its place; None where it does not work on some."""
+    if not _all_dequantized(graph, node):
+        return None
+    source = _dynamic_source(graph, node)
+    if source is not None:
+        return _integer(graph, node, source)
+    last = _quantizer(graph, node)
+    if last is None:
+        return None
+    return _rewritten(graph, context, node, last, BY_MEANING[graph.op(node)])
 
 
 def _quantizer(graph: GraphView, node: NodeProto) -> NodeProto | None:
@@ -129,6 +146,47 @@ def _rewritten(
     if form.domain and not graph.opset(form.domain):
         edit.import_domain(form.domain, 1)
     edit.rewrite(form.op_type, slots_in_order, _settings(graph, node), domain=form.domain)
+    return edit
+
+
+def _dynamic_source(graph: GraphView, node: NodeProto) -> NodeProto | None:
+    """The DynamicQuantizeLinear whose codes a Conv or MatMul reads, if one does."""
+    first = _dequantizer(graph, node.input[0])
+    if first is None or graph.op(node) not in _INTEGER:
+        return None
+    source = graph.producer(first.input[0])
+    if source is None or graph.op(source) != "DynamicQuantizeLinear":
+        return None
+    return source if list(first.input) == list(source.output) else None
+
+
+def _integer(graph: GraphView, node: NodeProto, source: NodeProto) -> Edit:
+    """ConvInteger or MatMulInteger, times both scales."""
+    if attributes.has_references(node) or len(node.input) > 2:
+        raise DeclinedError("it has a bias of floats, or differs from call to call")
+    weight = integer_weight(graph, node.input[1])
+    made = weight.parameters
+    types = _INTEGER[graph.op(node)][1]
+    if made.data_type not in types or made.scale.dtype != np.float32:
+        raise DeclinedError("there is no kernel for its types of codes")
+    _check_weight(graph, node, made)
+    op_type = _INTEGER[graph.op(node)][0]
+    codes, scale, zero = source.output
+    edit = Edit(graph, node)
+    inputs = [codes, weight.node.input[0], zero]
+    if made.zero_point.any():
+        point = made.zero_point.reshape(-1)[0]
+        hint = f"{weight.node.input[0]}_zero_point"
+        inputs.append(edit.add_weight(np.asarray(point), hint))
+    product = edit.insert(op_type, inputs, 1, _settings(graph, node))
+    floats = edit.insert("Cast", product, 1, {"to": TensorProto.FLOAT})
+    factor = made.scale
+    if factor.ndim and op_type == "ConvInteger":
+        factor = factor.reshape(-1, *[1] * (len(weight.shape) - 2))
+    name = weight.node.input[1]
+    if factor.shape != graph.shape(name):
+        name = edit.add_weight(factor, name)
+    edit.rewrite("Mul", [*floats, *edit.insert("Mul", [scale, name])])
     return edit
 
 
