@@ -77,7 +77,7 @@ class QdqToQOperator(Pass):
 
 
 def _edit(graph: GraphView, context: Context, node: NodeProto) -> Edit | None:
-    """What puts an operator on codes in its place; None where it does not work on some."""
+    """What puts an operator on codes in its place; None where it is on values."""
     if not _all_dequantized(graph, node):
         return None
     source = _dynamic_source(graph, node)
