@@ -52,6 +52,11 @@ _HOMES = {
     "custom-quantizers": ("qdq.custom_quantizers", "CustomQuantizers"),
     "fold-qdq-weights": ("qdq.fold_qdq_weights", "FoldQdqWeights"),
     "add-output-quantizer": ("qdq.add_output_quantizer", "AddOutputQuantizer"),
+    "requantize": ("qdq.requantize", "Requantize"),
+    "share-qdq": ("qdq.share_qdq", "ShareQdq"),
+    "move-qdq": ("qdq.move_qdq", "MoveQdq"),
+    "qoperator-to-qdq": ("qdq.qoperator_to_qdq", "QOperatorToQdq"),
+    "qdq-to-qoperator": ("qdq.qdq_to_qoperator", "QdqToQOperator"),
     "dead-layers": ("shrink.dead_layers", "DeadLayers"),
     "zero-channels": ("shrink.zero_channels", "ZeroChannels"),
     "merge-linear": ("shrink.merge_linear", "MergeLinear"),
@@ -124,15 +129,18 @@ _RECOGNIZE = (
     "custom-quantizers",
     "fake-quant",
 )
-_QDQ = ("fold-qdq-weights",)
 
 ON_REQUEST = (
     "inline-functions",
     "near-fake-quant",
     "add-output-quantizer",
+    "qoperator-to-qdq",
+    "qdq-to-qoperator",
     "round-to-zero",
 )
 """Passes of no recipe that comes with onnxopt: they change what a user may want kept."""
+
+_QDQ = ("fold-qdq-weights", "requantize", "share-qdq", "move-qdq")
 
 _SHRINK = ("dead-layers", "zero-channels", "merge-linear")
 
