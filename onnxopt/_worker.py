@@ -52,6 +52,8 @@ _EXOTIC = {
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
 _TENSORRT = "TensorrtExecutionProvider"
+_OPTIMIZED_WEIGHTS = "session.optimized_model_external_initializers_file_name"
+_OPTIMIZED_LEAST = "session.optimized_model_external_initializers_min_size_in_bytes"
 # What ORT says where session.disable_cpu_ep_fallback forbids what it would do.
 _FELL_BACK = "assigned to the default CPU EP"
 _COMPARABLE_CUDA = {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}
@@ -331,6 +333,11 @@ def _session_options(ort: Any, head: Head) -> Any:
     for key, value in head["options"]:
         if key.startswith("session."):
             options.add_session_config_entry(key, value)
+    if head["optimized"]:
+        options.optimized_model_filepath = head["optimized"]
+        beside = os.path.basename(head["optimized"]) + ".data"
+        options.add_session_config_entry(_OPTIMIZED_WEIGHTS, beside)
+        options.add_session_config_entry(_OPTIMIZED_LEAST, "1024")
     for library in head["custom_op_libraries"]:
         options.register_custom_ops_library(library)
     return options

@@ -45,6 +45,7 @@ from onnxopt.validation import interface
 
 if TYPE_CHECKING:
     from onnxopt.data import Feeds
+    from onnxopt.quantization.calibration import Calibration
     from onnxopt.validation.placement import ProviderTime
 
 OnFailure = Literal["raise", "return", "rollback"]
@@ -273,10 +274,18 @@ class Job(msgspec.Struct):
             )
             target = output or folder / _CANDIDATE
             with _carrying(report, original):
-                feeds = self._feeds(original)
-                ends = interface.of(original.proto)
+                given = self._feeds(original)
+                judged = self.options.get("validate", True)
                 yield Attempts(
-                    self, report, reference, target, keep, feeds, ends, original
+                    self,
+                    report,
+                    reference,
+                    target,
+                    keep,
+                    given if judged else None,
+                    given if self.data is not None else None,
+                    interface.of(original.proto),
+                    original,
                 )
 
     def _is_looked_at(self, output: Path | None) -> bool:
@@ -291,11 +300,11 @@ class Job(msgspec.Struct):
         )
 
     def _feeds(self, original: Model) -> Feeds | None:
+        """What the result is judged on: the user's data, or made-up feeds."""
         judged = self.options.get("validate", True)
         if not judged and self.data is None:
             return None
-        feeds = _feeds(original, self.data, self.options)  # also says what is wrong
-        return feeds if judged else None
+        return _feeds(original, self.data, self.options)  # also says what is wrong
 
     def _require_validation(self, report: Report) -> None:
         validation = report.validation
@@ -309,8 +318,9 @@ class Job(msgspec.Struct):
 class Attempts(msgspec.Struct):
     """The runs of one job: the first one, and those that look for a wrong edit.
 
-    `history`: the edits of the last one; `times`: what its verdict measured, where
-    asked for; `forbidden`: edits that are not made. Where `tolerant`, a result that
+    `feeds`: what the result is judged on, if it is; `data`: those of the user, for
+    passes. `history`: the edits of the last one; `times`: what its verdict measured,
+    where asked for; `forbidden`: edits that are not made. Where `tolerant`, a result that
     crashes its worker, hangs or takes all memory is wrong as any other. `is_kept`:
     whether the file that is made is what was asked for. `starts_right`: whether the
     result without any edit is known to be right.
@@ -322,6 +332,7 @@ class Attempts(msgspec.Struct):
     target: Path
     keep: list[Path]
     feeds: Feeds | None
+    data: Feeds | None
     ends: interface.Interface
     opened: Model | None
     history: list[Edited] = msgspec.field(default_factory=list)
@@ -342,7 +353,8 @@ class Attempts(msgspec.Struct):
         model = self._prepared(self._take_source())
         model.ledger = Ledger(report.source.bytes.model + report.source.bytes.data, limit)
         model.ledger.forbidden = self.forbidden
-        context = Context(self.job.target, Evaluator(options.get("timeout", 600.0)))
+        evaluator = Evaluator(options.get("timeout", 600.0))
+        context = Context(self.job.target, evaluator, self._calibration())
         manager = PassManager(
             self.job.passes,
             verify_each=options.get("verify_each", False),
@@ -364,6 +376,20 @@ class Attempts(msgspec.Struct):
             _as_graph=as_graph,
         )
         return result, staged
+
+    def _calibration(self) -> Calibration | None:
+        """What runs models on the user's data."""
+        if self.data is None:
+            return None
+        from onnxopt.quantization.calibration import Calibration
+
+        options = self.job.options
+        return Calibration(
+            self.data,
+            timeout=options.get("timeout", 600.0),
+            memory_limit=options.get("memory_limit"),
+            custom_op_libraries=tuple(options.get("custom_op_libraries") or ()),
+        )
 
     def _staged(self, model: Model) -> Staged:
         """The result as a file, judged; nothing where nobody looks at it."""

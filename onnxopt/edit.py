@@ -28,7 +28,7 @@ from onnxopt import attributes, operators
 from onnxopt.graph import GraphView, Read, annotated, constant_value
 from onnxopt.inlining import Content
 from onnxopt.ledger import FORBIDDEN
-from onnxopt.weights import Array, attribute_tensors, tensor_bytes
+from onnxopt.weights import Array, attribute_tensors, field_bytes, inline_bytes
 
 if TYPE_CHECKING:
     from onnxopt.model import Model
@@ -388,19 +388,23 @@ class _Journal:
             self.freed.append((read.home, old))
             self.relieved.append((read.home, old))
         self.undo.append(lambda: self._unset_input(view, node, index, old, length, read))
+        self.bytes -= _field_bytes(node)
         node.input.extend([""] * (index + 1 - length))
         node.input[index] = name
         if name:
             view._add_use(node, index, name)
         if old and name and old not in node.input:
             self._move_shards(node, old, name)
+        self.bytes += _field_bytes(node)
         self.touched.append((view, node))
 
     def divert(self, view: GraphView, node: NodeProto, index: int, name: str) -> None:
         old = node.output[index]
         if view.home(name) is not None:
             raise EditError(f"{name!r} is defined already")
+        self.bytes -= _field_bytes(node)
         node.output[index] = name
+        self.bytes += _field_bytes(node)
         view._producer[name] = node
         del view._producer[old]
         view._gone.add(old)
@@ -418,7 +422,9 @@ class _Journal:
             self.set_input(view, node, index, names[index] if index < len(names) else "")
         surplus = len(node.input) - len(names)
         if surplus > 0:
+            self.bytes -= _field_bytes(node)
             del node.input[len(names) :]
+            self.bytes += _field_bytes(node)
             self.undo.append(lambda: node.input.extend([""] * surplus))
 
     def _move_shards(self, node: NodeProto, old: str, new: str) -> None:
@@ -466,7 +472,9 @@ class _Journal:
 
     def _rename_operator(self, view: GraphView, node: NodeProto, op_type: str) -> None:
         view._delist(node)
+        self.bytes -= _field_bytes(node)
         node.op_type = op_type
+        self.bytes += _field_bytes(node)
         view._enlist(node)
 
     def set_op_type(self, view: GraphView, node: NodeProto, op_type: str) -> None:
@@ -523,14 +531,14 @@ class _Journal:
 
     def drop_function(self, function: GraphView) -> None:
         function.model.drop_function(function)
-        self.bytes -= function.proto.ByteSize()
+        self.bytes -= 1 + _field_bytes(function.proto)  # its tag is two bytes
         self.undo.append(lambda: function.model.restore_function(function))
 
     def _append(self, items: Any, new: Sequence[Any]) -> None:
         """Extend a repeated field whose order is nobody's business."""
         length = len(items)
         items.extend(new)
-        self.bytes += sum(item.ByteSize() for item in new)
+        self.bytes += sum(map(_field_bytes, new))
         self.undo.append(lambda: items.__delitem__(slice(length, None)))
 
     def _rename(self, view: GraphView, old: str, new: str) -> None:
@@ -566,9 +574,11 @@ class _Journal:
     def _set_output(
         self, view: GraphView, maker: NodeProto, index: int, name: str
     ) -> None:
+        self.bytes -= _field_bytes(maker)
         for spec in _shards(maker, maker.output[index]):
             spec.tensor_name = name
         maker.output[index] = name
+        self.bytes += _field_bytes(maker)
         view._producer[name] = maker
 
     # ---- weights ----
@@ -591,12 +601,12 @@ class _Journal:
         graph.initializer.append(tensor)
         kept = graph.initializer[-1]
         view._weights[tensor.name] = kept
-        size = tensor_bytes(kept) + len(kept.name) + 16
-        self.bytes += size
+        self.bytes += inline_bytes(kept)
         if old_format:
             graph.input.append(
                 helper.make_tensor_value_info(kept.name, kept.data_type, kept.dims)
             )
+            self.bytes += _field_bytes(graph.input[-1])
             view._given.add(kept.name)
             view.listed()[kept.name] = graph.input[-1]
         self.undo.append(lambda: self._unadd_weight(view, graph, kept, old_format))
@@ -618,12 +628,13 @@ class _Journal:
         del view._weights[name]
         view._dead[id(tensor)] = tensor
         view._gone.add(name)
-        self.bytes -= tensor_bytes(tensor) + len(name) + 16
+        self.bytes -= inline_bytes(tensor)
         self.undo.append(lambda: _restore_weight(view, tensor))
         self.undefined.append((view, name))
         if name in view._given:
             value = view.listed().pop(name)
             view._dead[id(value)] = value
+            self.bytes -= _field_bytes(value)
             view._given.discard(name)
             self.undo.append(lambda: _restore_input(view, value))
 
@@ -639,8 +650,9 @@ class _Journal:
         else:
             kept = home._weights[name]
             old = TensorProto.FromString(kept.SerializeToString())
-            self.bytes += tensor_bytes(tensor) - tensor_bytes(kept)
+            self.bytes -= inline_bytes(kept)
             _set_payload(kept, tensor)
+            self.bytes += inline_bytes(kept)
             self.undo.append(lambda: kept.CopyFrom(old))
         if (old.data_type, *old.dims) != (tensor.data_type, *tensor.dims):
             self._declare(home, name, tensor.data_type, tensor.dims)
@@ -661,6 +673,7 @@ class _Journal:
             if not isinstance(value, str) and value.name == name:
                 before = type(value).FromString(value.SerializeToString())
                 value.type.CopyFrom(helper.make_tensor_type_proto(elem_type, dims))
+                self.bytes += _field_bytes(value) - _field_bytes(before)
                 self.undo.append(functools.partial(value.CopyFrom, before))
 
     # ---- finishing ----
@@ -707,13 +720,18 @@ def _check_exists(view: GraphView, op_type: str, domain: str) -> None:
         raise Refused(f"opset {opset} has no {op_type}")
 
 
+def _field_bytes(message: Any) -> int:
+    """The size of a node or the like, with its tag and length."""
+    return field_bytes(int(message.ByteSize()))
+
+
 def _node_bytes(node: NodeProto) -> int:
     """The size of a node with its payloads, wherever they lie."""
     size = int(node.ByteSize())
     for tensor in attribute_tensors(node.attribute) if node.attribute else ():
         if tensor.data_location:
-            size += tensor_bytes(tensor)
-    return size
+            size += inline_bytes(tensor) - _field_bytes(tensor)
+    return field_bytes(size)
 
 
 def _inner_nodes(node: NodeProto) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from google.protobuf.message import EncodeError
 from onnx import ModelProto, NodeProto, ValueInfoProto, helper
 
+from onnxopt import arithmetic
 from onnxopt.errors import ProviderError, SessionError, WorkerError
 from onnxopt.graph import GraphView
 from onnxopt.weights import Array
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from onnxopt.runtime import Worker
 
 MEMORY_LIMIT = 2 << 30
+MAX_VALUE_BYTES = 512 << 20
+"""No value larger than this is computed, not even on the way to a smaller one."""
 
 
 class EvaluationError(Exception):
@@ -91,6 +94,24 @@ def constant_model(
     model.graph.node.extend(nodes)
     model.graph.output.extend(ValueInfoProto(name=name) for name in outputs)
     return model
+
+
+def constant_values(
+    graph: GraphView, evaluator: Evaluator, nodes: Sequence[NodeProto], names: list[str]
+) -> dict[str, Array]:
+    """What `nodes` make, of `names`: by NumPy where it can, else by ONNX Runtime.
+
+    `nodes` stand in topological order. Raises EvaluationError.
+    """
+    known: dict[str, Array | None] = {"": None}
+    for node in nodes:
+        inputs = [known[n] if n in known else graph.array(n) for n in node.input]
+        made = arithmetic.evaluate(node, inputs, graph.opset(), most=MAX_VALUE_BYTES)
+        if made is None:
+            return evaluator.evaluate(constant_model(graph, nodes, names))
+        known[node.output[0]] = made
+    found = {name: known[name] for name in names}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _serialized(model: ModelProto) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
@@ -14,9 +14,11 @@ from onnxopt.errors import OnnxoptError, PassError
 from onnxopt.evaluate import Evaluator
 from onnxopt.graph import GraphView
 from onnxopt.model import Model
-from onnxopt.quantization.calibration import Calibration
 from onnxopt.report import Guarantee
 from onnxopt.target import TARGETS, Target
+
+if TYPE_CHECKING:
+    from onnxopt.quantization.calibration import Calibration
 
 log = logging.getLogger("onnxopt.manager")
 
@@ -24,7 +26,11 @@ MAX_ROUNDS = 12
 
 
 class Context(msgspec.Struct):
-    """What a pass may ask besides the graph."""
+    """What a pass may ask besides the graph.
+
+    `calibration`: runs the model on the user's data, None where none was given; made-up
+    feeds tell no ranges.
+    """
 
     target: Target = TARGETS["onnx"]
     evaluator: Evaluator = msgspec.field(default_factory=Evaluator)

@@ -75,8 +75,9 @@ class SessionSpec:
     options, or session configuration entries where the key begins with "session.".
     `strict` refuses a session that leaves nodes to the CPU; `placement` records which
     provider runs which node (`Session.assigned`), `profile` keeps ORT's profile
-    (`Session.profile`). `pinned` are the CPUs that the worker may use from then on, any
-    without them; only Linux has such a setting.
+    (`Session.profile`). `optimized` is a file that ORT writes the graph to as it will run
+    it, with larger weights in a file beside. `pinned` are the CPUs that the worker may
+    use from then on, any without them; only Linux has such a setting.
     """
 
     provider: str = "cpu"
@@ -87,6 +88,7 @@ class SessionSpec:
     strict: bool = False
     placement: bool = False
     profile: bool = False
+    optimized: Path | None = None
     pinned: tuple[int, ...] = ()
 
 
@@ -319,6 +321,7 @@ class Worker:
             "strict": spec.strict and provider != "CPUExecutionProvider",
             "placement": spec.placement,
             "profile": spec.profile,
+            "optimized": os.path.abspath(spec.optimized) if spec.optimized else None,
         }
         facts, _ = self.request(head, list(inline))
         assert self.process is not None

@@ -16,15 +16,16 @@ class Target(msgspec.Struct, frozen=True):
     """What a deployment runtime runs well.
 
     `domains` are those that a pass may emit beyond the model's own; `activation` and
-    `weight` are the 8-bit types of its QDQ layout (None: no QDQ on activations). Where it
-    `adds_pairs`, its kernels add two products of uint8 and int8 in 16 bits, which
-    saturates: weights must not use more than 7 bits then.
+    `weight` are the 8-bit types of its QDQ layout (None: no QDQ on activations), with
+    zero point 0 where `symmetric`. Where it `adds_pairs`, its kernels add two products of
+    uint8 and int8 in 16 bits, which saturates: weights must not use more than 7 bits.
     """
 
     name: str
     domains: frozenset[str] = frozenset({""})
     activation: str | None = "uint8"
     weight: str = "int8"
+    symmetric: bool = False
     adds_pairs: bool = False
 
 
@@ -36,7 +37,7 @@ TARGETS = {
         Target("ort-cpu-x86", _ORT),
         Target("ort-cpu-arm", _ORT, activation="int8"),
         Target("ort-cuda", _ORT, activation=None),
-        Target("tensorrt", activation="int8"),
+        Target("tensorrt", activation="int8", symmetric=True),
     )
 }
 

@@ -127,6 +127,24 @@ def tensor_bytes(tensor: TensorProto) -> int:
     return payload_bytes(tensor.data_type, elements(tensor))
 
 
+def field_bytes(length: int) -> int:
+    """Bytes of a message or string of `length` bytes as a field of another message.
+
+    That is with its length, a varint, and its tag: one byte, as of fields 1 to 15.
+    """
+    return 1 + max(1, (length.bit_length() + 6) // 7) + length
+
+
+def inline_bytes(tensor: TensorProto) -> int:
+    """Bytes of `tensor` as a field of a graph or an attribute, its payload inline."""
+    size = int(tensor.ByteSize())
+    if tensor.data_location:
+        places = (int(entry.ByteSize()) for entry in tensor.external_data)
+        size -= 2 + sum(map(field_bytes, places))  # 2: data_location
+        size += field_bytes(tensor_bytes(tensor))
+    return field_bytes(size)
+
+
 def tensors(proto: ModelProto) -> Iterator[TensorProto]:
     """Every tensor that can lie outside, initializers of the main graph first."""
     yield from _graph_tensors(proto.graph)

@@ -45,7 +45,18 @@ _HOMES = {
     "fold-gather": ("simplify.fold_gather", "FoldGather"),
     "constant-chain": ("simplify.constant_chain", "MergeConstants"),
     "div-to-mul": ("simplify.div_to_mul", "DivToMul"),
+    "integer-weights": ("qdq.integer_weights", "IntegerWeights"),
+    "grid-weights": ("qdq.grid_weights", "GridWeights"),
+    "fake-quant": ("qdq.fake_quant", "FakeQuant"),
+    "near-fake-quant": ("qdq.near_fake_quant", "NearFakeQuant"),
+    "custom-quantizers": ("qdq.custom_quantizers", "CustomQuantizers"),
     "fold-qdq-weights": ("qdq.fold_qdq_weights", "FoldQdqWeights"),
+    "add-output-quantizer": ("qdq.add_output_quantizer", "AddOutputQuantizer"),
+    "requantize": ("qdq.requantize", "Requantize"),
+    "share-qdq": ("qdq.share_qdq", "ShareQdq"),
+    "move-qdq": ("qdq.move_qdq", "MoveQdq"),
+    "qoperator-to-qdq": ("qdq.qoperator_to_qdq", "QOperatorToQdq"),
+    "qdq-to-qoperator": ("qdq.qdq_to_qoperator", "QdqToQOperator"),
     "dead-layers": ("shrink.dead_layers", "DeadLayers"),
     "zero-channels": ("shrink.zero_channels", "ZeroChannels"),
     "merge-linear": ("shrink.merge_linear", "MergeLinear"),
@@ -76,7 +87,7 @@ class _Passes(Mapping[str, type[Pass]]):
 PASSES: Mapping[str, type[Pass]] = _Passes()
 
 # What is computed from shapes goes first: its constants need not be lifted then.
-_SIMPLIFY = (
+_PREPARE = (
     "dead-code",
     "identity",
     "cast-like",
@@ -84,7 +95,8 @@ _SIMPLIFY = (
     "inline-if",
     "unroll-loop",
     "fold-shapes",
-    "fold-constants",
+)
+_SIMPLIFY = (
     "no-op",
     "cast-chain",
     "reshape-chain",
@@ -109,14 +121,34 @@ _SIMPLIFY = (
     "div-to-mul",
 )
 
-ON_REQUEST = ("inline-functions", "round-to-zero", "quantize-static")
+# Weights are to be seen before their arithmetic is folded, and what quantizes activations
+# behind that, when its scales are known, but before they are merged with what is beside.
+_RECOGNIZE = (
+    "integer-weights",
+    "fold-constants",
+    "grid-weights",
+    "custom-quantizers",
+    "fake-quant",
+)
+
+ON_REQUEST = (
+    "inline-functions",
+    "near-fake-quant",
+    "add-output-quantizer",
+    "qoperator-to-qdq",
+    "qdq-to-qoperator",
+    "quantize-static",
+    "round-to-zero",
+)
 """Passes of no recipe that comes with onnxopt: they change what a user may want kept."""
+
+_QDQ = ("fold-qdq-weights", "requantize", "share-qdq", "move-qdq")
 
 _SHRINK = ("dead-layers", "zero-channels", "merge-linear")
 
 PIPELINES: dict[str, tuple[str, ...]] = {
-    "default": (*_SIMPLIFY, "fold-qdq-weights", *_SHRINK),
-    "simplify": _SIMPLIFY,
+    "default": (*_PREPARE, *_RECOGNIZE, *_SIMPLIFY, *_QDQ, *_SHRINK),
+    "simplify": (*_PREPARE, "fold-constants", *_SIMPLIFY),
     "shrink": (
         "dead-code",
         "identity",

@@ -91,14 +91,20 @@ def op_types(model: Model) -> list[str]:
 # ---- running ----
 
 
-def run(proto: ModelProto, feed: Mapping[str, Array]) -> list[Any]:
+def run(
+    proto: ModelProto, feed: Mapping[str, Array], optimized: bool = False
+) -> list[Any]:
     """The outputs of the model in ONNX Runtime's CPU provider, as the file says it.
+
+    With `optimized` as ONNX Runtime rewrites it.
 
     Weights are not packed for faster kernels, which round differently: a weight that a
     pass made constant is to be multiplied as the computed one was.
     """
     options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    levels = ort.GraphOptimizationLevel
+    level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+    options.graph_optimization_level = level
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
     options.add_session_config_entry("session.disable_prepacking", "1")

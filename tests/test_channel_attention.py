@@ -839,6 +839,33 @@ def test_scores_that_are_given_away(worker: Context) -> None:
     check(net, source, worker)
 
 
+def test_weights_of_heads_whose_number_is_open(worker: Context) -> None:
+    """They may be one for all heads, or one for each: values keep their heads."""
+    net = Net(4, hidden=SIZE)
+    values = net.op(
+        "Reshape", net.linear("v", "x", SIZE, SIZE, False), net.const([0, 0, HEADS, DIMS])
+    )
+    turned = net.op("Transpose", values, perm=[0, 2, 1, 3])
+    mixed = net.op("MatMul", "weights", turned)
+    back = net.op("Transpose", mixed, perm=[0, 2, 1, 3])
+    joined = net.op("Reshape", back, net.const([0, 0, SIZE]))
+    end = net.linear("o", joined, SIZE, SIZE, False)
+    net.zero("v.w", 1, head(0))
+    source = net.model(end)
+    sizes: list[int | str | None] = ["batch", "heads", "sequence", "sequence"]
+    kind = TensorProto.FLOAT
+    source.graph.input.append(helper.make_tensor_value_info("weights", kind, sizes))
+    result = support.final(support.run_passes(source, "zero-channels", worker))
+    for (batch, length), heads in zip(SIZES, (HEADS, 1), strict=True):
+        feed = {"x": (batch, length, SIZE), "weights": (batch, heads, length, length)}
+        arrays = {
+            name: net.rng.standard_normal(dims).astype(np.float32)
+            for name, dims in feed.items()
+        }
+        expected, found = support.run(source, arrays), support.run(result, arrays)
+        support.assert_same(expected, found, "equivalent")
+
+
 def test_heads_with_constants_of_their_own(worker: Context) -> None:
     """A bias for each head, as ALiBi has it, loses heads with the scores."""
     net = Single(4)

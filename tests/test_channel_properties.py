@@ -19,7 +19,7 @@ from onnxopt.passes import PIPELINES
 from tests import support
 from tests.channel_oracle import Network, network, size_of
 
-SEEDS = 300
+SEEDS = 500
 CHUNK = 10
 
 

@@ -19,6 +19,7 @@ Loop's body and in a local function. Options, by blanks:
     random=W,b      fill these initializers with random values
     retype=W:float16,b:int4   give them a dtype that the text form cannot write
     hide=q          values that depend on the processor (ONNX Runtime's are right)
+    target=ort-cpu  what it is for
     budget=1000     the size in bytes that the growth budget counts from
     feeds=2,1,3     the sizes that symbolic dims take
     only=main       the graph means nothing, or something else, in other scopes
@@ -35,6 +36,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import onnx.checker
 import onnx.printer
 import pytest
@@ -44,6 +46,7 @@ from onnxopt.manager import Context
 from onnxopt.model import Model
 from onnxopt.passes import PASSES
 from onnxopt.report import Guarantee
+from onnxopt.target import target
 from tests import support
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -90,6 +93,8 @@ class Case:
     def run(self, proto: ModelProto, context: Context) -> Model:
         """What the pass makes of `proto`."""
         budget = self.options.get("budget")
+        goal = target(self.options.get("target", "onnx"))
+        context = msgspec.structs.replace(context, target=goal)
         return support.run_passes(
             proto, self.pipeline, context, budget=int(budget) if budget else None
         )

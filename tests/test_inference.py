@@ -16,6 +16,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 import onnxopt
 from onnxopt.model import Model
+from onnxopt.symbolic import dim as sizes
 
 Case = tuple[NodeProto, list[int], dict[str, Any]]
 INT64_MAX = 2**63 - 1
@@ -124,6 +125,16 @@ def resizes() -> Iterator[Case]:
         yield node, [1, 1, length], weights
 
 
+def resizes_of_some_axes() -> Iterator[Case]:
+    """Named axes, one from the end; in opset 11 there are none."""
+    for axes, is_sized in itertools.product(([2, 3], [-1, 2], [3], [1, 2]), (0, 1)):
+        wanted = np.arange(6, 6 + len(axes)) if is_sized else np.float32([2, 0.5])
+        weights = {"k": wanted[: len(axes)]}
+        names = ["x", "", "", "k"] if is_sized else ["x", "", "k"]
+        node = helper.make_node("Resize", names, ["y"], mode="nearest", axes=axes)
+        yield node, [1, 4, 6, 8], weights
+
+
 def slices() -> Iterator[Case]:
     for start, end, step in itertools.product(
         (0, -1, 5, -7, 100), (0, -1, 3, -7, 100, INT64_MAX, -INT64_MAX), (1, -1, 2, -2)
@@ -139,7 +150,7 @@ def casts() -> Iterator[Case]:
 
 CASES = [
     *(*pools(), *convolutions(), *transposed_convolutions(), *recurrences()),
-    *(*quantizers(), *resizes(), *slices(), *casts()),
+    *(*quantizers(), *resizes(), *resizes_of_some_axes(), *slices(), *casts()),
 ]
 
 
@@ -440,3 +451,38 @@ def test_sizes_that_are_symbols_keep_them(line: str, count: int) -> None:
     known = {"n": 2, "m": 2, "h": 5, "t": 7}
     for size, found in zip(shape, made.shape, strict=True):
         assert eval(str(size), {}, known) == found, shape
+
+
+def test_sizes_made_of_themselves_twice_do_not_double() -> None:
+    """As layer by layer a mask is cut to the length that the last one left."""
+    size, mask = sizes.atom("n"), sizes.atom("m")
+    for count in (16, 1000):
+        for _ in range(count):
+            size = sizes.function("bcast", sizes.function("min", mask, size), size)
+        assert len(sizes.text(size)) < 2000
+        assert sizes.at_one(size) == 1
+        assert not sizes.may_vanish(size)
+    other = sizes.function("bcast", sizes.function("min", mask, size), mask)
+    assert other != sizes.function("bcast", sizes.function("min", mask, mask), mask)
+    assert other == sizes.function("bcast", sizes.function("min", mask, size), mask)
+
+
+def test_a_mask_cut_to_a_length_that_two_inputs_tell_has_that() -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[n] x, float[m] p, float[64] mask) => (float y)
+        <int64[1] zero = {0}, int64[1] one = {1}> {
+            q = Mul(x, p)
+            s = Shape(q)
+            cut = Slice(mask, zero, s)
+            y = Add(cut, q)
+        }"""
+    )
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    main = Model.open(model).main
+    assert main.shape("cut") == ("min(64, bcast(m, n))",)
+    assert main.shape("y") == main.shape("q") == ("bcast(m, n)",)
+    for n, m in ((3, 3), (1, 3), (3, 1), (64, 1), (1, 1)):
+        feed = {"x": np.ones(n), "p": np.ones(m), "mask": np.ones(64)}
+        (made,) = outputs(model, {k: v.astype(np.float32) for k, v in feed.items()})
+        assert made.shape == (max(n, m),)

@@ -17,10 +17,9 @@ from onnxopt.errors import UsageError
 from onnxopt.manager import Context, PassManager
 from onnxopt.model import Model
 from onnxopt.passes import PIPELINES
-from onnxopt.passes.quantize.quantize_static import LARGEST, REDUCED, per_tensor
+from onnxopt.passes.quantize.quantize_static import LARGEST, REDUCED
 from onnxopt.quantization.calibration import Calibration
 from onnxopt.quantization.plan import Exclusion, plan
-from onnxopt.quantization.ranges import Range
 from onnxopt.recipe import make_pass, parse_pipeline
 from onnxopt.target import TARGETS, Target
 from tests.support import Array, final, model_of, run, skips
@@ -262,17 +261,3 @@ def test_without_data_it_says_so() -> None:
     source = conv_net(f"y = Conv{PAD}(x, w)")
     with pytest.raises(UsageError, match="needs data to calibrate with"):
         PassManager(parse_pipeline("quantize-static")).run(Model.open(source), Context())
-
-
-@pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize(
-    "span", [Range(0, 6), Range(-3, 1), Range(-1e-30, 0), Range(0, 0), Range(-5, 5e4)]
-)
-def test_zero_has_an_exact_code(span: Range, signed: bool) -> None:
-    made = per_tensor(span, signed=signed, symmetric=False)
-    low, high = made.limits
-    assert low <= int(made.zero_point) <= high
-    assert made.scale > 0
-    ends = (np.array([low, high]) - int(made.zero_point)) * float(made.scale)
-    assert ends[0] <= span.low + float(made.scale)
-    assert ends[1] >= span.high - float(made.scale)

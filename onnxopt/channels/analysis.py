@@ -68,6 +68,8 @@ class Analysis:
         self._arrays: dict[str, Array | None] = {}
         self.kept: dict[object, Any] = {}  # what rules learned about constants
         self.settled: set[str] = set()  # passes that found nothing to do by it
+        self._shapes: dict[str, Shape | None] = {}
+        self._version = graph.model.version  # that the shapes are of
         nodes = graph.nodes()
         for node in nodes:
             self._forward(node)
@@ -178,7 +180,12 @@ class Analysis:
 
     def shape(self, name: str) -> Shape | None:
         """Dims of `name`, None where the rank is open."""
-        return self.graph.shape(name) if name else None
+        if self._version != self.graph.model.version:
+            self._version = self.graph.model.version
+            self._shapes.clear()
+        if name not in self._shapes:
+            self._shapes[name] = self.graph.shape(name) if name else None
+        return self._shapes[name]
 
     def rank(self, name: str) -> int | None:
         """The rank of `name`, None where it is open."""

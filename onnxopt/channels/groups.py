@@ -12,6 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -35,7 +36,8 @@ Key = tuple[object, ...]
 class Slot:
     """`axes` (ascending) of a value, or of the constant that `reader` reads.
 
-    `start` is its first atom; atoms run through `dims` in row-major order.
+    `start` is its first atom; atoms run through `dims` in row-major order. A view is of
+    no value: `name` says of what, and `axes` are counted by itself.
     """
 
     name: str
@@ -43,8 +45,9 @@ class Slot:
     dims: tuple[int, ...]
     start: int
     reader: tuple[NodeProto, int] | None = None
+    is_view: bool = False
 
-    @property
+    @cached_property
     def size(self) -> int:
         """How many atoms it has."""
         return math.prod(self.dims)
@@ -245,6 +248,22 @@ class Groups:
         for node in nodes if maker is None else [maker, *nodes]:
             self._awake.extend(self._waiting.get(id(node), ()))
 
+    def has_view(self, node: NodeProto, role: str) -> bool:
+        """Whether a node has a view of this role by now."""
+        return (id(node), role, "view") in self.slots
+
+    def view(self, node: NodeProto, role: str, dims: Sequence[int]) -> Slot:
+        """A slot of a node's own, with axes that no value has: heads of a flat axis.
+
+        What it is a view of is up to the ties that the node's rule adds.
+        """
+        key = (id(node), role, "view")
+        if key not in self.slots:
+            name, axes = f"{role} of {self.graph.label(node)}", tuple(range(len(dims)))
+            self.slots[key] = Slot(name, axes, tuple(dims), self.size, is_view=True)
+            self.size += self.slots[key].size
+        return self.slots[key]
+
     def add_sink(self, sink: Sink) -> None:
         """Ask `sink` which of its slot's channels may go."""
         self.sinks.append(sink)
@@ -439,16 +458,16 @@ class Link:
         found = self.other(side, index, sorted(axes))
         if found is None:
             return None
-        order = np.arange(found.size)
+        order = found.atoms
         if list(axes) != sorted(axes):
             turn = np.argsort(np.argsort(axes)).tolist()
             order = order.reshape(found.dims).transpose(turn).reshape(-1)
-        mine = np.arange(self.slot.size) if here is None else here
+        mine = self.slot.atoms if here is None else self.slot.start + here
         theirs = order if there is None else order[there]
         if len(mine) != len(theirs):
             self.bar("its channels do not match those before it")
             return None
-        self.groups.tie(self.slot.start + mine, found.start + theirs)
+        self.groups.tie(mine, theirs)
         return found
 
     def covering(self, side: Side, index: int, axes: Sequence[int]) -> Slot | None:

@@ -49,7 +49,7 @@ class Declared:
         written = {value.name: value for value in graph.proto.value_info}
         for slot in groups.slots.values():
             value = written.get(slot.name)
-            if slot.reader is not None or value is None:
+            if slot.reader is not None or slot.is_view or value is None:
                 continue
             tensor = value.type.tensor_type
             if tensor.HasField("shape"):  # else nothing is said that could be wrong
@@ -178,7 +178,9 @@ class Removal:
     def _new_shapes(self, declared: Declared) -> dict[str, list[int | str | None]]:
         made: dict[str, list[int | str | None]] = {}
         for slot in self.component.slots:
-            if slot.reader is not None or slot.name not in declared.shapes:
+            if slot.reader is not None or slot.is_view:
+                continue
+            if slot.name not in declared.shapes:
                 continue
             kept = self.kept(slot)
             if kept.all() or not kept.any():

@@ -140,15 +140,26 @@ def bisect(
 @options.model_argument("source", "IN")
 @options.json_to
 @options.channels
-def inspect(source: str, json_to: str | None, channels: bool, verbose: int) -> int:
+@options.quantization
+def inspect(
+    source: str,
+    json_to: str | None,
+    channels: bool,
+    quantization: bool,
+    providers: tuple[str, ...],
+    verbose: int,
+) -> int:
     """Say what a model holds: operators, sizes, zeros, dead channels, quantization."""
     from onnxopt.cli import describe, terminal
     from onnxopt.cli.document import Document
     from onnxopt.inspection import inspect as look
     from onnxopt.report import as_json
 
+    if providers and not quantization:
+        raise click.UsageError("--provider is for --quantization")
+    kernels = (providers or ("cpu",)) if quantization else ()
     with Document(json_to) as document:
-        found = look(source, channels=channels)
+        found = look(source, channels=channels, kernels=kernels)
         document.write(as_json(found))
     if not document.to_stdout:
         terminal.show(describe.inspection(source, found, verbose))

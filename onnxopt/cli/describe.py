@@ -12,7 +12,7 @@ from onnxopt.cli.terminal import Block, Table
 
 if TYPE_CHECKING:
     from onnxopt.inspection.dead import DeadChannels
-    from onnxopt.inspection.survey import Inspection, Value
+    from onnxopt.inspection.survey import Inspection, Kernels, Value
     from onnxopt.report import (
         Check,
         Metric,
@@ -358,6 +358,7 @@ def _quantization(found: Inspection, verbose: int) -> Iterator[Block]:
     state = found.quantization
     if not state.operators:
         yield "not quantized"
+        yield from _kernels(state.kernels)
         return
     counts = ", ".join(f"{op} {number}" for op, number in state.operators.items())
     yield f"quantizing operators: {counts}"
@@ -373,6 +374,37 @@ def _quantization(found: Inspection, verbose: int) -> Iterator[Block]:
         yield f"weights {told}: {len(weights)}{detail}"
         for weight in weights if verbose else ():
             yield f"  {weight.name}: {weight.dtype}, {weight.granularity}"
+    yield from _kernels(state.kernels)
+
+
+def _kernels(asked: Iterable[Kernels]) -> Iterator[Block]:
+    """What each provider makes of every layer, and why it runs in float."""
+    for found in asked:
+        yield ""
+        if found.status == "not_run":
+            yield f"{found.provider}: not run: {found.reason}"
+            continue
+        yield (
+            f"{found.provider}: {found.integer} of {len(found.layers)} layers run in "
+            f"integers; of {found.fusable} that can, {found.fused} do"
+        )
+        table = Table(("layer", "operator", "weight", "activations", "runs as", ""), 6)
+        for layer in found.layers:
+            weight, given = layer.weight, layer.activation
+            words = (weight.dtype, weight.granularity, weight.scheme) if weight else ()
+            kept = [word for word in words if word != "unknown"]
+            fake = ["fake"] if weight and weight.state == "fake" else []
+            activation = [given.mode, given.dtype, given.scheme]
+            table.add(
+                layer.node,
+                layer.op,
+                " ".join([*fake, *kept]),
+                " ".join(filter(None, activation)),
+                layer.kernel or layer.runs,
+                "; ".join([*filter(None, [layer.reason]), *layer.notes]),
+            )
+        if table.rows:
+            yield table
 
 
 def _more(count: int, verbose: int, what: str) -> Iterator[Block]:

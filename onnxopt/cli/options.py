@@ -315,6 +315,22 @@ channels = click.option(
     "keeps the others.",
 )
 
+quantization = _together(
+    click.option(
+        "--quantization",
+        is_flag=True,
+        help="List every layer: how it is quantized, and whether ONNX Runtime runs it in "
+        "integers, with the reason where it does not.",
+    ),
+    click.option(
+        "--provider",
+        "providers",
+        multiple=True,
+        metavar="P",
+        help="Execution provider to ask with --quantization. Repeatable; cpu without it.",
+    ),
+)
+
 measurement = _together(
     click.option(
         "--provider",

@@ -11,7 +11,7 @@ from onnxopt.differences.facts import differing_fields
 from onnxopt.differences.found import NodeChange
 from onnxopt.differences.matching import Pair
 from onnxopt.graph import GraphView, constant_value
-from onnxopt.inspection.quantization import dtype_name
+from onnxopt.quantization.layers import dtype_name
 from onnxopt.weights import WeightStore
 
 _COMPARED = ("input", "output", "name", "op_type", "domain", "overload", "attribute")

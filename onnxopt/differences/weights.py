@@ -13,7 +13,7 @@ from onnxopt.differences import payloads
 from onnxopt.differences.facts import differing_fields
 from onnxopt.differences.found import FactChange, Values, WeightChange
 from onnxopt.graph import GraphView, constant_value
-from onnxopt.inspection.quantization import dtype_name
+from onnxopt.quantization.layers import dtype_name
 from onnxopt.weights import PAYLOAD_FIELDS
 
 _COMPARED = frozenset({*PAYLOAD_FIELDS, "string_data", "dims", "data_type", "name"})

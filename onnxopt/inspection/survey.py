@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -25,8 +25,10 @@ from onnxopt.inspection.dead import (
     layer_channels,
 )
 from onnxopt.inspection.layers import Layer, layer
-from onnxopt.inspection.quantization import Quantization, dtype_name, quantization
+from onnxopt.inspection.quantization import Quantization, quantization
 from onnxopt.model import Model, Source
+from onnxopt.quantization.kernels import Kernels, integer_kernels
+from onnxopt.quantization.layers import dtype_name
 from onnxopt.report import Pair
 from onnxopt.weights import elements, tensor_bytes
 
@@ -130,20 +132,25 @@ def inspect(
     model: Source,
     *,
     channels: bool = False,
+    kernels: Sequence[str] = (),
     base_dir: str | os.PathLike[str] | None = None,
 ) -> Inspection:
     """Look at a model: a path, a ModelProto or a gs.Graph.
 
     `channels`: say of every layer, not only of those with dead channels, which channels
-    it has and what keeps them. `base_dir`: the folder of its external data, for models in
-    memory. Raises InvalidModelError where it is malformed, UsageError where it cannot be
-    read.
+    it has and what keeps them. `kernels`: providers ("cpu") whose ONNX Runtime is asked
+    which layers it runs in integers, and why not the others. `base_dir`: the folder of
+    its external data, for models in memory. Raises InvalidModelError where it is
+    malformed, UsageError where it cannot be read or a provider's name is unknown.
     """
     opened = Model.open(model, base_dir)
     try:
-        return _inspect(opened, model, channels)
+        found = _inspect(opened, model, channels)
     finally:
         opened.weights.close()
+    asked = [integer_kernels(model, name, base_dir=base_dir) for name in kernels]
+    found.quantization.kernels.extend(asked)
+    return found
 
 
 def _inspect(model: Model, source: Source, channels: bool) -> Inspection:
@@ -337,6 +344,7 @@ __all__ = [
     "Channels",
     "DeadChannels",
     "Inspection",
+    "Kernels",
     "LayerChannels",
     "Sparsity",
     "Storage",

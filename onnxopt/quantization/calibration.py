@@ -23,10 +23,13 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from onnxopt import facts
 from onnxopt.data.inputs import Feed, Feeds
 from onnxopt.errors import UsageError
+from onnxopt.model import Model
 from onnxopt.quantization.histogram import Histogram
 from onnxopt.runtime import Session, SessionSpec, Worker
+from onnxopt.save import stage
 from onnxopt.validation.taps import TapModel
 
 log = logging.getLogger("onnxopt.quantization")
@@ -84,6 +87,13 @@ class Calibration(msgspec.Struct):
         finally:
             taps.close()
         return found
+
+    def of_model(self, model: Model, names: Sequence[str]) -> Seen:
+        """The same of a model that passes are at work on."""
+        with TemporaryDirectory(prefix="onnxopt-") as folder:
+            path = Path(folder) / "model.onnx"
+            stage(model, path, hashes=False).commit()
+            return self.run(path, names)
 
     def spec(self) -> SessionSpec:
         """How the model is loaded."""
@@ -214,9 +224,6 @@ def _key(names: Sequence[str]) -> str:
 
 def _digest(path: Path) -> str:
     """Of the model file and what it refers to: the weights decide what is seen."""
-    from onnxopt import facts
-    from onnxopt.model import Model
-
     model = Model.open(path)
     try:
         digest = facts.digest_of_source(model)

@@ -137,7 +137,10 @@ def parameters(graph: GraphView, node: NodeProto) -> Parameters:
     scale = graph.array(node.input[1])
     if scale is None:
         raise DeclinedError(f"scale {node.input[1]!r} is not a constant")
-    zero = _zero_point(graph, node, scale)
+    return _checked(node, scale, _zero_point(graph, node, scale))
+
+
+def _checked(node: NodeProto, scale: Array, zero: Array) -> Parameters:
     if scale.size == 1 and scale.ndim <= 1 and scale.shape != zero.shape:
         scale, zero = scale.reshape(()), zero.reshape(())
     if scale.shape != zero.shape:
@@ -151,6 +154,15 @@ def parameters(graph: GraphView, node: NodeProto) -> Parameters:
     if not (np.isfinite(numbers).all() and (numbers > 0).all()):
         raise DeclinedError("its scale is not positive and finite")
     return Parameters(scale, zero, int(attributes.get(node, "axis", 1)), block)
+
+
+def symmetric(graph: GraphView, node: NodeProto, data_type: int) -> Parameters:
+    """Those of `node` with codes of a type that the node itself does not say."""
+    scale = graph.array(node.input[1])
+    if scale is None:
+        raise DeclinedError(f"scale {node.input[1]!r} is not a constant")
+    zero = np.zeros(scale.shape, helper.tensor_dtype_to_np_dtype(data_type))
+    return _checked(node, scale, zero)
 
 
 def _zero_point(graph: GraphView, node: NodeProto, scale: Array) -> Array:
@@ -192,8 +204,8 @@ def insert(
 
     `missing` is to be asked before.
     """
-    inputs, settings = operands(edit, value, made)
-    return edit.insert(op_type, inputs, outputs, settings)[0]
+    inputs, attrs = operands(edit, value, made)
+    return edit.insert(op_type, inputs, outputs, attrs)[0]
 
 
 def operands(
@@ -202,11 +214,15 @@ def operands(
     """Inputs and attributes of such a node; its constants are added by the edit."""
     scale = edit.add_weight(made.scale, f"{value}_scale")
     zero = edit.add_weight(made.zero_point, f"{value}_zero_point")
-    settings = {
+    return [value, scale, zero], settings(made)
+
+
+def settings(made: Parameters) -> dict[str, int | None]:
+    """The attributes of such a node."""
+    return {
         "axis": None if made.is_per_tensor else made.axis,
         "block_size": made.block_size or None,
     }
-    return [value, scale, zero], settings
 
 
 class IntegerWeight(msgspec.Struct, frozen=True, eq=False):

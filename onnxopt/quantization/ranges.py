@@ -6,6 +6,7 @@ ReLU need it exact.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxopt.quantization.histogram import BINS, Histogram
+from onnxopt.quantization.parameters import Parameters, code_limits
 
 Floats = npt.NDArray[np.float64]
 
@@ -28,6 +30,11 @@ class Range(NamedTuple):
 
     low: float
     high: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether both ends are numbers."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
 
 
 def min_max(seen: Histogram, levels: int = 256, symmetric: bool = False) -> Range:
@@ -189,6 +196,26 @@ def _spanned(low: float, high: float, symmetric: bool) -> Range:
         high = max(-low, high)
         low = -high
     return Range(low, high)
+
+
+def affine(range_: Range, data_type: int, symmetric: bool = False) -> Parameters:
+    """Scale and zero point, per tensor, whose codes reach from end to end of a range.
+
+    The range is widened to hold zero, which has a code of its own then. Of one that holds
+    nothing else, the scale is 1. `symmetric`: zero point 0, codes from -max to max.
+    """
+    least, most = code_limits(data_type)
+    low, high = min(range_.low, 0.0), max(range_.high, 0.0)
+    if symmetric:
+        least, reach = -most, max(-low, high)
+        low, high = -reach, reach
+    width = (high - low) / (most - least)
+    scale = np.float32(max(width, float(np.finfo(np.float32).tiny)) if width else 1.0)
+    zero = 0 if symmetric else round(least - low / float(scale))
+    dtype = np.int8 if least < 0 else np.uint8
+    return Parameters(
+        np.asarray(scale), np.asarray(min(max(zero, least), most)).astype(dtype)
+    )
 
 
 METHODS: dict[str, Callable[[Histogram, int, bool], Range]] = {

@@ -7,23 +7,35 @@ texts nothing follows.
 
 Every atom is at least 0, as sizes are. Division is exact where it divides every term;
 else it makes an atom of its text.
+
+Functions of functions are graphs: layer by layer a size may be made of the last one's
+twice, and written out it would double. So what is asked of an atom is worked out when it
+is made, and long arguments stand in its text as their digest.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+
+LONGEST = 512
+"""Arguments of more characters are written as a digest."""
 
 
 class Atom:
-    """A size with a name, or a function of sizes. Equal where the texts are."""
+    """A size with a name, or a function of sizes. Equal where the texts are.
 
-    __slots__ = ("arguments", "function", "text", "vanishes")
+    `at_one` and `vanishes` are what the functions `at_one` and `may_vanish` say of it.
+    """
+
+    __slots__ = ("arguments", "at_one", "function", "text", "vanishes")
 
     def __init__(self, text: str, function: str = "", *arguments: Dim) -> None:
-        self.vanishes: bool | None = None  # once it has been asked: see may_vanish
         self.text = text
         self.function = function
         self.arguments = arguments
+        self.at_one = _function_at_one(function, arguments)
+        self.vanishes = _function_may_vanish(function, arguments)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Atom) and self.text == other.text
@@ -68,6 +80,8 @@ def atom(name: str) -> Expr:
 def function(name: str, *arguments: Dim) -> Expr:
     """Some function of sizes: equal where name and arguments are."""
     inner = ", ".join(text(size) for size in arguments)
+    if len(inner) > LONGEST:
+        inner = hashlib.blake2b(inner.encode(), digest_size=16).hexdigest()
     return Expr((((Atom(f"{name}({inner})", name, *arguments),), 1),))
 
 
@@ -186,14 +200,14 @@ def at_one(size: Dim) -> int:
     total = 0
     for monomial, factor in size.terms:
         for item in monomial:
-            factor *= _atom_at_one(item)
+            factor *= item.at_one
         total += factor
     return total
 
 
-def _atom_at_one(item: Atom) -> int:
-    given = [at_one(argument) for argument in item.arguments]
-    match item.function, given:
+def _function_at_one(function: str, arguments: Iterable[Dim]) -> int:
+    given = [at_one(argument) for argument in arguments]
+    match function, given:
         case "bcast", _:
             return max(given)
         case "floor_quotient", (left, right):
@@ -220,18 +234,12 @@ def may_vanish(size: Dim) -> bool:
     """Whether it may be 0 (or less) where every size that has but a name is 1 or more."""
     terms = _terms(size)
     is_sum = all(factor > 0 for _, factor in terms)
-    return not is_sum or all(any(map(_may_vanish, items)) for items, _ in terms)
+    return not is_sum or all(any(i.vanishes for i in items) for items, _ in terms)
 
 
-def _may_vanish(item: Atom) -> bool:
-    if item.vanishes is None:
-        item.vanishes = _function_may_vanish(item)
-    return item.vanishes
-
-
-def _function_may_vanish(item: Atom) -> bool:
-    given = [may_vanish(argument) for argument in item.arguments]
-    match item.function:
+def _function_may_vanish(function: str, arguments: Iterable[Dim]) -> bool:
+    given = [may_vanish(argument) for argument in arguments]
+    match function:
         case "" | "windows":
             return False
         case "max":

@@ -24,6 +24,7 @@ from onnxopt import attributes
 from onnxopt.data.inputs import Feed
 from onnxopt.model import Model
 from onnxopt.save import stage
+from onnxopt.validation.written import rounding
 from onnxopt.weights import tensor_bytes, tensors
 
 # Above this, models are not copied to move their weights; their inputs still are.
@@ -67,20 +68,23 @@ class Facts:
     precision: str
     float_inputs: bool
     size: int
+    written_out: bool = False  # its quantizers are single steps, which run as floats
 
 
 def facts(model: onnx.ModelProto, path: Path) -> Facts:
     """Facts of a model that was read without its external data."""
     nodes = list(all_nodes(model))
     kinds = {"float32", *(_computes_in(model, nodes))}
+    written_out = bool(rounding(model.graph.node))
     precision = next((p for p in ("bfloat16", "float16") if p in kinds), "float32")
     return Facts(
-        quantized=any(node.op_type in _QUANTIZED for node in nodes),
+        quantized=written_out or any(node.op_type in _QUANTIZED for node in nodes),
         precision=precision,
         float_inputs=any(
             info.type.tensor_type.elem_type in _FLOATS for info in model.graph.input
         ),
         size=path.stat().st_size + external_bytes(model),
+        written_out=written_out,
     )
 
 

@@ -26,6 +26,9 @@ log = logging.getLogger("onnxopt.validate")
 # are moved by 3e-5 of their value, far less than a code, and by 5e-4 if nothing flips.
 _ULPS = (1,)
 _ULPS_QUANTIZED = (256, 4096)
+# A reference whose quantizers are single steps runs as floats; where a candidate has
+# QuantizeLinear, ONNX Runtime rounds biases to integers at the product of two scales.
+_ULPS_WRITTEN_OUT = (4096,)
 _SEEDS = (1, 2, 3)
 # Few runs can miss, by luck, how far some output moves; before it counts as wrong, more
 # are made on the feeds in question.
@@ -47,7 +50,7 @@ class MovedModels:
     ) -> None:
         """`ladder`: units in the last place to move by, the next where nothing moves."""
         self.question, self.facts, self.folder = question, facts, folder
-        self.ladder = ladder or (_ULPS_QUANTIZED if facts.quantized else _ULPS)
+        self.ladder = ladder or _ladder(facts)
 
     def path(self, ulps: int, seed: int) -> Path:
         """The copy; the reference itself where it is too large, or has no weights."""
@@ -69,6 +72,12 @@ class MovedModels:
         for old in self.folder.glob("moved-*"):
             if not old.name.startswith(f"moved-{ulps}-"):
                 old.unlink()
+
+
+def _ladder(facts: noise.Facts) -> tuple[int, ...]:
+    if not facts.quantized:
+        return _ULPS
+    return _ULPS_WRITTEN_OUT if facts.written_out else _ULPS_QUANTIZED
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ Two right evaluations of a quantized model may differ by whole codes, so a small
 hides among them. Without rounding the model is smooth and has the noise floor of a
 float model, while scales, zero points, saturation and everything between are as they
 were. Constants keep their rounding: they are codes in one model and floats in another.
+Quantizers in single steps lose their Round.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from onnxopt import attributes
+from onnxopt.validation.written import rounding
 
 # Nodes that only move elements of input 0 (of all inputs: Concat).
 _CARRIERS = {
@@ -57,19 +59,23 @@ def unrounded(model: onnx.ModelProto) -> onnx.ModelProto | None:
         work.run()
     except _UnsuitableError:
         return None
-    return copy if work.codes else None
+    return copy if work.codes or work.rounds else None
 
 
 @dataclass
 class _Work:
     model: onnx.ModelProto
     codes: dict[str, None] = field(default_factory=dict)
+    rounds: bool = False
 
     def run(self) -> None:
         """Rewrite the main graph in place. Raises _UnsuitableError."""
         graph = self.model.graph
         if self._opset() < _OLDEST_OPSET or _rounds_elsewhere(self.model):
             raise _UnsuitableError
+        rounds = rounding(graph.node)
+        if any(rounds.values()):
+            raise _UnsuitableError  # a Cast to integers would round instead
         self.constants = dict(_constants(graph))
         varying = self._varying()
         nodes: list[NodeProto] = []
@@ -78,6 +84,9 @@ class _Work:
                 nodes += self._quantize(node)
             elif node.op_type == "DequantizeLinear" and node.input[0] in self.codes:
                 nodes += self._dequantize(node)
+            elif node.output and node.output[0] in rounds and node.input[0] in varying:
+                nodes.append(helper.make_node("Identity", node.input, node.output))
+                self.rounds = True
             else:
                 nodes.append(node)
                 self._follow(node)

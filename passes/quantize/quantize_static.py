@@ -31,7 +31,7 @@ from tempfile import TemporaryDirectory
 from typing import ClassVar, Literal
 
 import numpy as np
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
 from onnxopt import attributes
 from onnxopt.edit import Edit
@@ -44,7 +44,7 @@ from onnxopt.quantization.calibration import Calibration, Seen
 from onnxopt.quantization.moments import Moments, layer_moments
 from onnxopt.quantization.parameters import Parameters
 from onnxopt.quantization.plan import Exclusion, Layer, Plan, plan
-from onnxopt.quantization.ranges import METHODS, Range
+from onnxopt.quantization.ranges import METHODS, Range, affine
 from onnxopt.quantization.rounding import Rounded, rounded_weight
 from onnxopt.report import Guarantee
 from onnxopt.save import stage
@@ -54,7 +54,6 @@ from onnxopt.weights import Array
 LARGEST = 127
 REDUCED = 63
 """The largest codes: of 8 bits, and of 7, whose products two by two fit 16 bits."""
-LEAST_STEP = 1e-12
 _REDUCED_NOTE = (
     "weights have 7 bits: without VNNI, ONNX Runtime's kernels add two products of uint8 "
     "and int8 in 16 bits, which saturates with 8"
@@ -118,7 +117,8 @@ class QuantizeStatic(Pass):
         self, graph: GraphView, made: Plan, seen: Seen, target: Target
     ) -> dict[str, Parameters]:
         """Of each value that has its own: calibrated, or from the constant that it is."""
-        signed, symmetric = target.activation == "int8", target.name == "tensorrt"
+        kind = TensorProto.INT8 if target.activation == "int8" else TensorProto.UINT8
+        symmetric = target.symmetric
         found: dict[str, Parameters] = {}
         for name in made.roots:
             if name in seen:
@@ -128,7 +128,7 @@ class QuantizeStatic(Pass):
                 assert array is not None
                 low, high = (float(end(initial=0.0)) for end in (array.min, array.max))
                 span = Range(low, high)
-            found[name] = per_tensor(span, signed=signed, symmetric=symmetric)
+            found[name] = affine(span, kind, symmetric)
         return found
 
     def _quantize_layer(
@@ -158,18 +158,6 @@ def _is_depthwise(graph: GraphView, node: NodeProto) -> bool:
     if weight is None or node.op_type != "Conv" or weight.dims[1] != 1:
         return False
     return bool(attributes.get(node, "group", 1) == weight.dims[0] > 1)
-
-
-def per_tensor(span: Range, *, signed: bool, symmetric: bool) -> Parameters:
-    """8-bit parameters that span a range, with an exact code for zero."""
-    dtype = np.int8 if signed else np.uint8
-    limits = np.iinfo(dtype)
-    if symmetric:
-        step, zero = max(span.high, -span.low) / LARGEST, 0
-    else:
-        step = max((span.high - span.low) / (limits.max - limits.min), LEAST_STEP)
-        zero = int(np.clip(round(limits.min - span.low / step), limits.min, limits.max))
-    return Parameters(np.array(max(step, LEAST_STEP), np.float32), np.array(zero, dtype))
 
 
 def _quantize_bias(
@@ -207,7 +195,21 @@ def _dequantized(edit: Edit, name: str, codes: Array, made: Parameters) -> str:
 
 
 def _quantize_value(graph: GraphView, name: str, made: Parameters) -> None:
-    """QuantizeLinear and DequantizeLinear between a value and all that read it."""
+    """QuantizeLinear and DequantizeLinear between a value and all that read it.
+
+    What a node makes keeps its name behind them, so that an output is quantized, too.
+    """
+    why = "a layer that is quantized reads or makes it"
+    maker = graph.producer(name)
+    if maker is not None:
+        edit = Edit(graph, maker)
+        plain = graph.fresh(f"{name}_float")
+        edit.divert(maker, list(maker.output).index(name), plain)
+        inputs, settings = parameters.operands(edit, plain, made)
+        codes = edit.insert("QuantizeLinear", inputs, 1, settings)
+        edit.insert("DequantizeLinear", [*codes, *inputs[1:]], [name], settings)
+        graph.apply(edit, why)
+        return
     uses = [use for use in graph.uses(name) if use.view is graph]
     if not uses:
         return
@@ -216,4 +218,4 @@ def _quantize_value(graph: GraphView, name: str, made: Parameters) -> None:
     value = parameters.insert(edit, "DequantizeLinear", value, made)
     for use in uses:
         edit.set_input(use.node, use.index, value)
-    graph.apply(edit, "a layer that is quantized reads or makes it")
+    graph.apply(edit, why)

@@ -25,10 +25,11 @@ from onnx import NodeProto, TensorProto
 
 from onnxopt import arithmetic, attributes
 from onnxopt.edit import Edit
-from onnxopt.evaluate import EvaluationError, constant_model
+from onnxopt.evaluate import MAX_VALUE_BYTES, EvaluationError, constant_values
 from onnxopt.graph import GraphView, constant_value
 from onnxopt.manager import Context, Pass
 from onnxopt.operators import RANDOM
+from onnxopt.quantization.written_out import NARROW, is_narrow_weight
 from onnxopt.report import Guarantee
 from onnxopt.symbolic.fact import array_of
 from onnxopt.weights import Array, payload_bytes, tensor_bytes
@@ -48,8 +49,6 @@ _WIDE = {
 _SMALL_SOURCE = 256
 _SHARE = 100
 """One fold may add this part of the model; all together keep to the budget of the run."""
-MAX_VALUE_BYTES = 512 << 20
-"""No value larger than this is computed, not even on the way to a smaller one."""
 
 
 class FoldConstants(Pass):
@@ -95,7 +94,8 @@ class FoldConstants(Pass):
                 continue  # nothing reads them, or they are too large
             sources = _sources(graph, group)
             try:
-                values = _values(graph, context, group, _read(graph, frontier))
+                read = _read(graph, frontier)
+                values = constant_values(graph, context.evaluator, group, read)
             except EvaluationError as error:
                 for node in frontier:
                     graph.skip(node, f"its value could not be computed: {error}")
@@ -127,7 +127,9 @@ class FoldConstants(Pass):
         if any(graph.is_output(name) for name in values) and not _may_output(graph):
             graph.skip(nodes[0], "a constant cannot be an output at this IR version")
             return False
-        edit = Edit(graph, nodes[0], max_growth=self._allowed(graph, sources))
+        narrow = any(_is_narrow(graph, node) for node in nodes)
+        allowed = self._allowed(graph, sources, narrow)
+        edit = Edit(graph, nodes[0], max_growth=allowed)
         for node in nodes:
             edit.erase(node)
         for name, value in values.items():
@@ -145,8 +147,9 @@ class FoldConstants(Pass):
             pending = {id(node): node for node in group}
             frontier = [node for node in group if _is_frontier(graph, node, pending)]
             sources = _sources(graph, group)
+            narrow = any(_is_narrow(graph, node) for node in frontier)
             growth = sum(_value_bytes(graph, node) for node in frontier) - sources
-            if not frontier or growth <= self._allowed(graph, sources):
+            if not frontier or growth <= self._allowed(graph, sources, narrow):
                 return group, frontier
             for node in frontier:
                 graph.skip(node, f"the model would grow by {growth:,} bytes")
@@ -154,25 +157,12 @@ class FoldConstants(Pass):
             group = [node for node in group if node is not largest]
         return [], []
 
-    def _allowed(self, graph: GraphView, sources: int) -> int:
+    def _allowed(self, graph: GraphView, sources: int, narrow: bool) -> int:
+        """By how much a fold may grow the model; packed weights are not unpacked."""
+        if narrow:
+            return self.max_growth
         share = graph.model.ledger.start_bytes // _SHARE
         return max(self.max_growth, sources // 4, share)
-
-
-def _values(
-    graph: GraphView, context: Context, group: list[NodeProto], names: list[str]
-) -> dict[str, Array]:
-    """What `group` makes, of `names`: by NumPy where it can, else by ONNX Runtime."""
-    known: dict[str, Array | None] = {"": None}
-    for node in group:
-        inputs = [known[n] if n in known else graph.array(n) for n in node.input]
-        made = arithmetic.evaluate(node, inputs, graph.opset(), most=MAX_VALUE_BYTES)
-        if made is None:
-            model = constant_model(graph, group, names)
-            return context.evaluator.evaluate(model)
-        known[node.output[0]] = made
-    found = {name: known[name] for name in names}
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def _sources(graph: GraphView, nodes: list[NodeProto]) -> int:
@@ -230,13 +220,28 @@ def _is_foldable(graph: GraphView, node: NodeProto) -> bool:
     """Whether the pass may compute this operator at all, its inputs aside."""
     if graph.op(node) != node.op_type or node.op_type in _NEVER or not node.output:
         return False
-    if node.op_type == "Cast" and graph.dtype(node.input[0]) not in _WIDE:
-        # narrow weights behind a Cast stay narrow, however small the model
-        tensor = graph.weight(node.input[0])
-        if tensor is not None and math.prod(tensor.dims) > arithmetic.MAX_ELEMENTS:
-            graph.skip(node, "it would expand narrow weights")
-            return False
+    if node.op_type == "Cast" and _expands_narrow(graph, node):
+        graph.skip(node, "it would expand narrow weights")
+        return False
     return not any(True for _ in attributes.subgraphs(node))
+
+
+def _is_narrow(graph: GraphView, node: NodeProto) -> bool:
+    """Whether a node makes what quantized weights are stored as."""
+    return any(graph.dtype(name) in NARROW for name in node.output if name)
+
+
+def _expands_narrow(graph: GraphView, cast: NodeProto) -> bool:
+    """Whether narrow weights would no longer be, in however large a model.
+
+    Zero points and scales, which are small and not scaled themselves, may fold.
+    """
+    if graph.dtype(cast.input[0]) in _WIDE:
+        return False
+    tensor = graph.weight(cast.input[0])
+    if tensor is not None and math.prod(tensor.dims) > arithmetic.MAX_ELEMENTS:
+        return True
+    return is_narrow_weight(graph, cast)
 
 
 def _is_small(graph: GraphView, name: str) -> bool:

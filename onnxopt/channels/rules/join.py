@@ -15,7 +15,7 @@ from onnxopt import attributes
 from onnxopt.channels import demand
 from onnxopt.channels.demand import NOTHING, Demand
 from onnxopt.channels.facts import DYNAMIC, Fact, Kind, Mask, aligned, fact, join
-from onnxopt.channels.groups import Ints, Link, Slot
+from onnxopt.channels.groups import Groups, Ints, Link, Slot
 from onnxopt.channels.removal import Change, Removal
 from onnxopt.channels.rules.rule import Rule
 from onnxopt.weights import Array
@@ -293,30 +293,31 @@ class _Sizes:
 
 
 class Slice(Rule):
-    """A range of each axis; ranges of channels are corrected."""
+    """A range of each axis; ranges of channels are corrected.
+
+    With a step of 2, channels go in pairs, those from 2 n on: what is left of a value is
+    then parted as before.
+    """
 
     drops_inputs = True
 
-    def ranges(self, a: Analysis, node: NodeProto) -> dict[int, tuple[int, int]] | None:
+    def ranges(self, a: Analysis, node: NodeProto) -> dict[int, range | None] | None:
         """By axis, the range that is kept of it; None where that is not known.
 
-        Axes of unknown size, or with a step, are in it as (0, -1): what is kept of
-        them is not known.
+        So it is for axes of unknown size, and those that are taken backwards.
         """
         shape = a.shape(node.input[0])
         given = _slice_inputs(a, node)
         if shape is None or given is None:
             return None
-        found: dict[int, tuple[int, int]] = {}
+        found: dict[int, range | None] = {}
         for start, end, axis, step in zip(*given, strict=True):
             axis %= len(shape)
-            size = shape[axis]
-            is_known = start is not None and end is not None and step == 1
-            if isinstance(size, int) and is_known:
-                low, high, _ = slice(start, end, 1).indices(size)
-                found[axis] = (low, max(low, high))
-            else:
-                found[axis] = (0, -1)
+            size, found[axis] = shape[axis], None
+            is_known = start is not None and end is not None and step is not None
+            if isinstance(size, int) and is_known and step is not None and step > 0:
+                low, high, _ = slice(start, end, step).indices(size)
+                found[axis] = range(low, max(low, high), step)
         return found
 
     def forward(self, a: Analysis, node: NodeProto) -> Sequence[Fact | None]:
@@ -325,14 +326,13 @@ class Slice(Rule):
         if given is None or ranges is None:
             return [None]
         kinds, values = given.kinds, given.values
-        if any(high < 0 for _, high in ranges.values()):  # it may depend on the input
+        if None in ranges.values():  # it may depend on the input
             kinds = np.where(kinds == Kind.MAP, Kind.DYN, kinds)
-        for axis, (low, high) in ranges.items():
+        for axis, span in ranges.items():
             if kinds.shape[axis] > 1:
-                if high < 0:
+                if span is None:
                     return [None]
-                kinds = _part(kinds, axis, low, high)
-                values = _part(values, axis, low, high)
+                kinds, values = kinds.take(span, axis), values.take(span, axis)
         return [fact(kinds, values)] if kinds.size else [None]
 
     def backward(
@@ -345,15 +345,15 @@ class Slice(Rule):
             return wanted
         given: Mask = np.ones((), bool) if needs[0] is None else needs[0]
         need: Mask = aligned(given, rank)
-        for axis, (low, high) in ranges.items():
+        for axis, span in ranges.items():
             size = a.size(node.input[0], axis)
-            if high < 0 or size is None:
+            if span is None or size is None:
                 need = np.asarray(need.any(axis=axis, keepdims=True))
                 continue
             shape = list(need.shape)
             shape[axis] = size
             whole = np.zeros(shape, bool)
-            whole[(slice(None),) * axis + (slice(low, high),)] = need
+            whole[(slice(None),) * axis + (_slice(span),)] = need
             need = whole
         wanted[0] = demand.merge(NOTHING, need)
         return wanted
@@ -371,27 +371,26 @@ class Slice(Rule):
             link.bar("its range is not known")
             return
         hit = [axis for axis in link.axes if axis in ranges]
+        spans = {axis: span for axis in hit if (span := ranges[axis]) is not None}
         if not hit:
             link.tie(link.opposite, 0, link.axes)
-        elif any(ranges[axis][1] < 0 for axis in hit):
+        elif len(spans) < len(hit):
             link.bar("it cuts this axis")
         elif not self._is_written(a, node):
             link.bar("its range is computed")
         else:
-            self._tie_range(link, hit, ranges)
+            self._tie_range(link, spans)
 
     def _is_written(self, a: Analysis, node: NodeProto) -> bool:
         """Whether its range is constant as it stands."""
         return all(a.graph.weight(name) is not None for name in node.input[1:3])
 
-    def _tie_range(
-        self, link: Link, hit: Sequence[int], ranges: Mapping[int, tuple[int, int]]
-    ) -> None:
+    def _tie_range(self, link: Link, spans: Mapping[int, range]) -> None:
         a, node = link.analysis, link.node
         dims = [a.size(node.input[0], axis) or 0 for axis in link.axes]
         every = np.arange(math.prod(dims)).reshape(dims)
-        for axis in hit:
-            every = every.take(range(*ranges[axis]), axis=link.axes.index(axis))
+        for axis, span in spans.items():
+            every = every.take(span, axis=link.axes.index(axis))
         atoms = every.reshape(-1)
         if link.side == "in":
             tied = link.tie("out", 0, link.axes, atoms, _count(atoms))
@@ -400,8 +399,23 @@ class Slice(Rule):
             tied = link.tie("in", 0, link.axes, _count(atoms), atoms)
             whole = tied or link.slot
         if tied is not None:
-            spans = {axis: ranges[axis] for axis in hit}
+            for axis, span in spans.items():
+                _tie_steps(link.groups, whole, axis, span.step)
             link.patch(_Range(node, whole, spans), link.axes)
+
+
+def _slice(span: range) -> slice:
+    return slice(span.start, span.stop, span.step)
+
+
+def _tie_steps(groups: Groups, slot: Slot, axis: int, step: int) -> None:
+    """Tie the indices of an axis from a multiple of `step` on to the next."""
+    place = slot.axes.index(axis)
+    index = np.unravel_index(np.arange(slot.size), slot.dims)
+    first = list(index)
+    first[place] = index[place] // step * step
+    if step > 1:
+        groups.tie(slot.atoms, slot.start + np.ravel_multi_index(first, slot.dims))
 
 
 SliceInputs = tuple[list[int | None], list[int | None], list[int], list[int | None]]
@@ -438,9 +452,7 @@ def _integers(a: Analysis, name: str) -> list[int | None] | None:
 class _Range:
     """Corrects where a Slice of channels starts and ends."""
 
-    def __init__(
-        self, node: NodeProto, slot: Slot, spans: Mapping[int, tuple[int, int]]
-    ) -> None:
+    def __init__(self, node: NodeProto, slot: Slot, spans: Mapping[int, range]) -> None:
         self.node, self.slot, self.spans = node, slot, spans
 
     def __call__(self, removal: Removal) -> None:
@@ -450,12 +462,15 @@ class _Range:
         rank = len(graph.shape(node.input[0]) or ())
         axes = [axis % rank for axis in given[2]]
         starts, ends = list(given[0]), list(given[1])
-        for axis, (low, high) in self.spans.items():
+        for axis, span in self.spans.items():
             kept = removal.kept_along(self.slot, axis)
             if not kept.all():
-                place, start = axes.index(axis), int(kept[:low].sum())
+                place, count = axes.index(axis), int(kept[_slice(span)].sum())
+                # what is left before it is whole steps, and the rest of one
+                start = int(kept[: span.start // span.step * span.step].sum())
+                start += span.start % span.step
                 starts[place] = start
-                ends[place] = start + int(kept[low:high].sum())
+                ends[place] = start + max((count - 1) * span.step + 1, 0)
         for index, name, values in ((1, "starts", starts), (2, "ends", ends)):
             if list(given[index - 1]) == values:
                 continue

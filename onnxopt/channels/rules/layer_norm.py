@@ -28,7 +28,20 @@ if TYPE_CHECKING:
 
 
 class LayerNormalization(Rule):
-    """(x - mean) / sqrt(variance + epsilon) * scale + bias."""
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias.
+
+    `scale_slot` and `shift_slot`: where those are; `addends`: the inputs of which the sum
+    is normalized; `sum_slot`: the output that is that sum, -1 where there is none.
+    """
+
+    scale_slot = 1
+    shift_slot = 2
+    addends: tuple[int, ...] = (0,)
+    sum_slot = -1
+
+    def given(self, a: Analysis, node: NodeProto) -> Fact | None:
+        """What is known of what is normalized."""
+        return a.fact(node.input[0])
 
     def axis(self, a: Analysis, node: NodeProto) -> int | None:
         """The first axis that is normalized; None where the rank is not known."""
@@ -37,15 +50,15 @@ class LayerNormalization(Rule):
 
     def zero_shift(self, a: Analysis, node: NodeProto) -> Array | None:
         """What comes out where the scale is zero; None where that is not known."""
-        name = node.input[2] if len(node.input) > 2 else ""
+        name = _input(node, self.shift_slot)
         return a.array(name) if name else np.zeros((1,), np.float32)
 
     def forward(self, a: Analysis, node: NodeProto) -> Sequence[Fact | None]:
         """A scale of zero leaves the bias, whatever comes in."""
         nothing: list[Fact | None] = [None] * len(node.output)
-        rank, scale = a.rank(node.input[0]), a.array(node.input[1])
+        rank, scale = a.rank(node.input[0]), a.array(node.input[self.scale_slot])
         shift = self.zero_shift(a, node)
-        given = a.fact(node.input[0])
+        given = self.given(a, node)
         if rank is None or scale is None or shift is None:
             return nothing
         if given is not None and given.is_wild.any():
@@ -76,7 +89,7 @@ class LayerNormalization(Rule):
     def link(self, link: Link) -> None:
         """Axes in front go through; those that are normalized stay."""
         axis = self.axis(link.analysis, link.node)
-        if axis is None or (link.side == "in" and link.index > 0):
+        if axis is None or (link.side == "in" and link.index not in self.addends):
             link.bar(f"{link.op} has its parameters from this")
         elif any(place >= axis for place in link.axes):
             self.link_normalized(link, axis)
@@ -94,10 +107,13 @@ class LayerNormalization(Rule):
         """The same channels before, after and in the parameters."""
         a, node = link.analysis, link.node
         rank = a.rank(node.input[0]) or 0
-        if (link.side == "out" and link.index > 0) or any(node.output[1:]):
+        outputs = [i for i, name in enumerate(node.output) if name]
+        if not {link.index if link.side == "out" else 0, *outputs} <= {0, self.sum_slot}:
             link.bar("something reads what it divides by")
             return
         for index in range(1, len(node.input)):
+            if index in self.addends or not node.input[index]:
+                continue
             dims = a.shape(node.input[index])
             if a.graph.weight(node.input[index]) is None or dims is None:
                 link.bar("its parameters are not constant")
@@ -106,8 +122,8 @@ class LayerNormalization(Rule):
             own = {o: o - shift for o in link.axes if o >= shift and dims[o - shift] != 1}
             if own:
                 link.relate("in", index, own)
-        link.tie(link.opposite, 0, link.axes)
-        if link.side == "in":
+        self.link_through(link)
+        if (link.side, link.index) == ("in", 0):
             link.sink(_Normalized(self, link, [o for o in link.axes if o >= axis]))
 
     def free(self, link: Link) -> Mask:
@@ -117,7 +133,7 @@ class LayerNormalization(Rule):
     def link_through(self, link: Link) -> None:
         """Every other output and the input have these axes as well."""
         for side, index in link.ports():
-            if side == "out" or index == 0:
+            if side == "out" or index in self.addends:
                 link.tie(side, index, link.axes)
 
 
@@ -130,7 +146,7 @@ class RMSNormalization(LayerNormalization):
 
     def dead(self, a: Analysis, node: NodeProto, scale: Array) -> Mask:
         """Zeros stay zero."""
-        rank, given = a.rank(node.input[0]) or 0, a.fact(node.input[0])
+        rank, given = a.rank(node.input[0]) or 0, self.given(a, node)
         is_zero = aligned(np.asarray(scale == 0), rank)
         return is_zero if given is None else np.asarray(is_zero | given.is_zero)
 
@@ -140,7 +156,7 @@ class RMSNormalization(LayerNormalization):
 
     def free(self, link: Link) -> Mask:
         """[atoms]: zeros."""
-        return link.slot.zeros(link.analysis.fact(link.slot.name))
+        return link.slot.zeros(self.given(link.analysis, link.node))
 
 
 class _Normalized(Sink):
@@ -148,6 +164,7 @@ class _Normalized(Sink):
 
     def __init__(self, rule: LayerNormalization, link: Link, axes: Sequence[int]) -> None:
         self.slot, self.node, self.normalized = link.slot, link.node, axes
+        self.scale_slot = rule.scale_slot
         self.constant = np.zeros(link.slot.size, bool)
         self.values = np.zeros(link.slot.size)
         need = link.analysis.demand(link.slot.name)
@@ -159,4 +176,10 @@ class _Normalized(Sink):
         if share != 1:
             epsilon = attributes.get(self.node, "epsilon", 1e-5)
             removal.edit.set_attribute(self.node, "epsilon", epsilon / share)
-            removal.change(self.node, 1, times(math.sqrt(1 / share)))
+            by = times(math.sqrt(1 / share))
+            removal.change(self.node, self.scale_slot, by)
+
+
+def _input(node: NodeProto, index: int) -> str:
+    """An input; "" where there is none."""
+    return node.input[index] if index < len(node.input) else ""

@@ -127,6 +127,6 @@ def _picked(a: Analysis, node: NodeProto, size: int) -> list[int] | None:
             ranges = Slice().ranges(a, node)
             if ranges is None:
                 return None
-            low, high = ranges.get(0, (0, size))
-            return None if high < 0 else list(range(low, high))
+            span = ranges.get(0, range(size))
+            return None if span is None else list(span)
     return None

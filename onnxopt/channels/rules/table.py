@@ -5,6 +5,10 @@ from __future__ import annotations
 from onnx import NodeProto
 
 from onnxopt import attributes
+from onnxopt.channels.rules.attention_grouped import GroupQueryAttention
+from onnxopt.channels.rules.attention_multi_head import MultiHeadAttention
+from onnxopt.channels.rules.attention_packed import PackedAttention
+from onnxopt.channels.rules.attention_standard import StandardAttention
 from onnxopt.channels.rules.convolution import Conv, ConvTranspose
 from onnxopt.channels.rules.elementwise import Dropout, Elementwise, Product, Quotient
 from onnxopt.channels.rules.expand import Expand, Tile
@@ -39,8 +43,14 @@ from onnxopt.channels.rules.quantize import Quantizing
 from onnxopt.channels.rules.recurrent import Recurrent
 from onnxopt.channels.rules.reduction import Reduce
 from onnxopt.channels.rules.resize import Resize
+from onnxopt.channels.rules.rotary import MicrosoftRotary, StandardRotary
 from onnxopt.channels.rules.rule import BARRIER, Rule
 from onnxopt.channels.rules.size import Size
+from onnxopt.channels.rules.skip_norm import (
+    EmbedLayerNormalization,
+    SkipLayerNormalization,
+    SkipRMSNormalization,
+)
 from onnxopt.channels.rules.softmax import Softmax
 from onnxopt.channels.rules.spatial import Pad, Pool
 from onnxopt.graph import GraphView
@@ -62,6 +72,10 @@ _REDUCTIONS = (
 _POOLS = "AveragePool GlobalAveragePool GlobalLpPool GlobalMaxPool LpPool MaxPool"
 
 _MICROSOFT: dict[str, Rule] = {
+    "Attention": PackedAttention(),
+    "EmbedLayerNormalization": EmbedLayerNormalization(),
+    "GroupQueryAttention": GroupQueryAttention(),
+    "MultiHeadAttention": MultiHeadAttention(),
     "QGemm": QGemm(),
     "QLinearAdd": QLinear(operands=2),
     "QLinearAveragePool": QLinearPool(),
@@ -70,6 +84,9 @@ _MICROSOFT: dict[str, Rule] = {
     "QLinearLeakyRelu": QLinear(operands=1),
     "QLinearMul": QLinearProduct(operands=2),
     "QLinearSigmoid": QLinear(operands=1),
+    "RotaryEmbedding": MicrosoftRotary(),
+    "SkipLayerNormalization": SkipLayerNormalization(),
+    "SkipSimplifiedLayerNormalization": SkipRMSNormalization(),
 }
 
 RULES: dict[str, Rule] = {
@@ -81,6 +98,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("GRU", "LSTM", "RNN"), Recurrent()),
     **dict.fromkeys(("Hardmax", "LogSoftmax", "Softmax"), Softmax()),
     **dict.fromkeys(("DequantizeLinear", "QuantizeLinear"), Quantizing()),
+    "Attention": StandardAttention(),
     "BatchNormalization": BatchNormalization(),
     "Concat": Concat(),
     "Conv": Conv(),
@@ -106,6 +124,7 @@ RULES: dict[str, Rule] = {
     "QLinearMatMul": QLinearMatMul(),
     "RMSNormalization": RMSNormalization(),
     "Resize": Resize(),
+    "RotaryEmbedding": StandardRotary(),
     "Shape": Size(),
     "SimplifiedLayerNormalization": RMSNormalization(),
     "Slice": Slice(),

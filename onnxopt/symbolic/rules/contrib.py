@@ -10,6 +10,7 @@ from onnx import TensorProto
 from onnxopt import attributes
 from onnxopt.symbolic import dim
 from onnxopt.symbolic.fact import Call, Dims, Fact
+from onnxopt.symbolic.rules import attention
 from onnxopt.symbolic.rules.elementwise import Rule, broadcast, same
 from onnxopt.symbolic.rules.layers import conv, global_pool, pool
 
@@ -110,12 +111,16 @@ _SAME = "BiasGelu FastGelu Gelu QLinearLeakyRelu QLinearSigmoid QuickGelu"
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_SAME.split(), same),
+    "Attention": attention.packed_attention,
     "DequantizeLinear": dequantize,
     "DynamicQuantizeLSTM": lstm,
     "DynamicQuantizeMatMul": dynamic_quantize_matmul,
+    "EmbedLayerNormalization": attention.embed_norm,
     "FusedConv": conv,
+    "GroupQueryAttention": attention.group_query_attention,
     "MatMulIntegerToFloat": matmul_integer_to_float,
     "MatMulNBits": matmul_n_bits,
+    "MultiHeadAttention": attention.multi_head_attention,
     "QGemm": quantized_gemm,
     "QLinearAdd": quantized_binary,
     "QLinearAveragePool": quantized_pool,
@@ -123,6 +128,7 @@ RULES: dict[str, Rule] = {
     "QLinearGlobalAveragePool": quantized_pool,
     "QLinearMul": quantized_binary,
     "QuantizeLinear": quantize,
-    "SkipLayerNormalization": same,
-    "SkipSimplifiedLayerNormalization": same,
+    "RotaryEmbedding": same,
+    "SkipLayerNormalization": attention.skip_norm,
+    "SkipSimplifiedLayerNormalization": attention.skip_norm,
 }

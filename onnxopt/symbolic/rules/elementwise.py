@@ -108,11 +108,15 @@ def _joined(sizes: tuple[Dim, ...]) -> Dim:
 
 
 def _is_bounded(size: Dim, others: Mapping[str, Dim]) -> bool:
-    """Whether it is min(number > 1, other): it can only be 1 where the other is."""
+    """Whether it is min(number > 1, other): it can only be 1 where the other is.
+
+    The other may be what some of `others` broadcast to.
+    """
     bounds = dim.arguments_of(size, "min")
     if bounds is None or not isinstance(bounds[0], int) or bounds[0] <= 1:
         return False
-    return dim.text(bounds[1]) in others
+    parts = dim.arguments_of(bounds[1], "bcast") or (bounds[1],)
+    return all(dim.text(part) in others for part in parts)
 
 
 def variadic(kind: int | None = None, first: int = 0) -> Rule:
@@ -277,9 +281,9 @@ _SAME = """Abs Acos Acosh Asin Asinh Atan Atanh BatchNormalization BitwiseNot Ce
     Ceil Clip Cos Cosh CumSum Elu Erf Exp Floor Gelu GroupNormalization HardSigmoid
     HardSwish Hardmax InstanceNormalization LRN LayerNormalization LeakyRelu Log
     LogSoftmax LpNormalization MeanVarianceNormalization Mish
-    RMSNormalization Reciprocal Relu ReverseSequence Round Scatter ScatterElements
-    ScatterND Selu Shrink Sigmoid Sign Sin Sinh Softmax Softplus Softsign Sqrt Swish
-    Tan Tanh ThresholdedRelu Trilu"""
+    RMSNormalization Reciprocal Relu ReverseSequence RotaryEmbedding Round Scatter
+    ScatterElements ScatterND Selu Shrink Sigmoid Sign SimplifiedLayerNormalization Sin
+    Sinh Softmax Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Trilu"""
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_SAME.split(), same),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from onnx import TensorProto
 
@@ -9,6 +11,7 @@ from onnxopt import attributes
 from onnxopt.symbolic import dim
 from onnxopt.symbolic.dim import Dim
 from onnxopt.symbolic.fact import Call, Dims, Fact, integers
+from onnxopt.symbolic.rules.attention import attention
 from onnxopt.symbolic.rules.elementwise import Rule, broadcast, fits
 from onnxopt.symbolic.rules.movement import axes_of, axis_of, normalized, sized
 
@@ -190,34 +193,42 @@ def _windows(call: Call, count: int) -> Windows | None:
 
 
 def resize(call: Call) -> list[Fact] | None:
-    """To `sizes`, or by scales that are sure: multiples of 1/8 (a product in float32)."""
+    """To `sizes`, or by scales that are sure: multiples of 1/8 (a product in float32).
+
+    Both are of `axes`, where those are named; the other axes keep their sizes.
+    """
     first = call.inputs[0]
     if first.dims is None or not _is_plain_resize(call):
         return [Fact(first.dtype)]
-    fresh = [call.fresh(axis) for axis in range(len(first.dims))]
+    rank = len(first.dims)
+    axes = [normalized(a, rank) for a in attributes.get(call.node, "axes", range(rank))]
+    dims = list(first.dims)
+    made = _resized(call, [first.dims[axis] for axis in axes])
+    for place, axis in enumerate(axes):
+        size = made[place] if made is not None else None
+        dims[axis] = call.fresh(axis) if size is None else size
+    return [Fact(first.dtype, tuple(dims))]
+
+
+def _resized(call: Call, before: Sequence[Dim]) -> Sequence[Dim | None] | None:
+    """What sizes `before` become; None where that is not known of any."""
     if call.has(3):
-        sizes = sized(call, 3, first.dtype)
-        dims = (
-            sizes.dims if sizes.dims and len(sizes.dims) == len(fresh) else tuple(fresh)
-        )
-        return [Fact(first.dtype, dims)]
+        sizes = sized(call, 3, call.inputs[0].dtype).dims
+        return sizes if sizes and len(sizes) == len(before) else None
     slot = 2 if call.opset >= 11 else 1
     scales = attributes.get(call.node, "scales")
     if scales is None and call.has(slot):
         array = call.array(slot)
         scales = None if array is None else array.tolist()
-    if scales is None or len(scales) != len(fresh):
-        return [Fact(first.dtype, tuple(fresh))]
-    made = [_scaled(size, scale) for size, scale in zip(first.dims, scales, strict=True)]
-    pairs = zip(made, fresh, strict=True)
-    return [Fact(first.dtype, tuple(n if s is None else s for s, n in pairs))]
+    if scales is None or len(scales) != len(before):
+        return None
+    return [_scaled(size, scale) for size, scale in zip(before, scales, strict=True)]
 
 
 def _is_plain_resize(call: Call) -> bool:
     mode = attributes.get(call.node, "coordinate_transformation_mode", "")
     policy = attributes.get(call.node, "keep_aspect_ratio_policy", "stretch")
-    axes = attributes.get(call.node, "axes")
-    return mode != "tf_crop_and_resize" and policy == "stretch" and axes is None
+    return bool(mode != "tf_crop_and_resize" and policy == "stretch")
 
 
 def _scaled(size: Dim, scale: float) -> Dim | None:
@@ -308,6 +319,7 @@ _REDUCE = """ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_REDUCE.split(), reduce),
+    "Attention": attention,
     **dict.fromkeys(("ArgMax", "ArgMin"), argument),
     **dict.fromkeys(("AveragePool", "LpPool", "MaxPool"), pool),
     **dict.fromkeys(("GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool"), global_pool),

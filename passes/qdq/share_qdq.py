@@ -1,0 +1,76 @@
+"""share-qdq: quantize once what is quantized twice in the same way.
+
+    q = QuantizeLinear(x, s, z)
+    r = QuantizeLinear(x, t, u)     ->    (readers of r read q)
+
+1. QuantizeLinear, or DequantizeLinear, of one value; scales and zero points are constants
+   that are equal by value and type, whatever their names.
+2. Axes that are counted from either end are the same where the rank is known.
+3. The earlier node stays. (`cse` does it where the names are the same.)
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from onnx import NodeProto
+
+from onnxopt import attributes
+from onnxopt.edit import Edit
+from onnxopt.graph import GraphView
+from onnxopt.linear import DeclinedError
+from onnxopt.manager import Context, Pass
+from onnxopt.quantization.parameters import LINEAR, parameters
+from onnxopt.report import Guarantee
+
+
+class ShareQdq(Pass):
+    """Let nodes that quantize a value alike be one."""
+
+    name: ClassVar[str] = "share-qdq"
+    guarantee: ClassVar[Guarantee] = "bitwise"
+
+    def run(self, graph: GraphView, context: Context) -> None:
+        """Node by node, with those that read the same value."""
+        for node in graph.visit(self, LINEAR):
+            for twin in _twins(graph, node):
+                ahead = graph.precedes(node, twin)
+                first, second = (node, twin) if ahead else (twin, node)
+                edit = Edit(graph, second)
+                edit.bypass(second, {second.output[0]: first.output[0]})
+                graph.apply(edit, f"{graph.label(first)} computes the same")
+                if second is node:
+                    break
+
+
+def _twins(graph: GraphView, node: NodeProto) -> list[NodeProto]:
+    """The other nodes of this scope that do the same to the same value."""
+    others = [
+        use.node
+        for use in graph.home_uses(node.input[0])
+        if use.view is graph and use.index == 0 and use.node is not node
+    ]
+    return [
+        other
+        for other in others
+        if graph.op(other) == graph.op(node) and _are_alike(graph, node, other)
+    ]
+
+
+def _are_alike(graph: GraphView, one: NodeProto, other: NodeProto) -> bool:
+    settings = [
+        sorted(
+            item.SerializeToString(deterministic=True)
+            for item in node.attribute
+            if item.name != "axis"
+        )
+        for node in (one, other)
+    ]
+    if settings[0] != settings[1] or attributes.has_references(other):
+        return False
+    shape = graph.shape(one.input[0])
+    rank = None if shape is None else len(shape)
+    try:
+        return parameters(graph, one).equals(parameters(graph, other), rank)
+    except DeclinedError:
+        return False
