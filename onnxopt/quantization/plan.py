@@ -156,7 +156,8 @@ def _gemm(graph: GraphView, node: NodeProto) -> Layer | str:
         if list(tensor.dims) != [weight.dims[axis]]:
             return "its bias is not one per output channel"
     axis = 0 if attributes.get(node, "transB", 0) else 1
-    return Layer(node, (0,), 1, axis, bias, activated(graph, node))
+    # with a bias of int32 it gives floats, where nothing behind it wants codes
+    return Layer(node, (0,), 1, axis, bias, None)
 
 
 def _matmul(graph: GraphView, node: NodeProto) -> Layer | str:
