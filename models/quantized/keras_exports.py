@@ -86,7 +86,9 @@ def unfolded() -> None:
     frozen = convert_variables_to_constants_v2(traced.get_concrete_function())
     with tf.Graph().as_default() as graph:
         tf.import_graph_def(frozen.graph.as_graph_def(), name="")
-        names = [[value.name for value in part] for part in (frozen.inputs, frozen.outputs)]
+        names = [
+            [value.name for value in part] for part in (frozen.inputs, frozen.outputs)
+        ]
         made = tf2onnx.tfonnx.process_tf_graph(
             graph, opset=OPSET, input_names=names[0], output_names=names[1]
         )

@@ -49,7 +49,7 @@ _WIDE = {
 """Types that no quantizer stores weights in; all others stay behind their Cast."""
 _SMALL_SOURCE = 256
 _SHARE = 100
-"""One fold may add this part of the model, if all edits together do not make it larger."""
+"""One fold may add this part of the model, if all edits together save as much."""
 
 
 class FoldConstants(Pass):
