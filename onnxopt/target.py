@@ -14,12 +14,14 @@ class Target(msgspec.Struct, frozen=True):
 
     `domains` are those that a pass may emit beyond the model's own; `activation` and
     `weight` are the 8-bit types of its QDQ layout (None: no QDQ on activations).
+    `zero_points`: its integer kernels take weights whose zero points are not 0.
     """
 
     name: str
     domains: frozenset[str] = frozenset({""})
     activation: str | None = "uint8"
     weight: str = "int8"
+    zero_points: bool = False
 
 
 _ORT = frozenset({"", "com.microsoft"})
@@ -27,8 +29,8 @@ TARGETS = {
     target.name: target
     for target in (
         Target("onnx"),
-        Target("ort-cpu-x86", _ORT),
-        Target("ort-cpu-arm", _ORT, activation="int8"),
+        Target("ort-cpu-x86", _ORT, zero_points=True),
+        Target("ort-cpu-arm", _ORT, activation="int8", zero_points=True),
         Target("ort-cuda", _ORT, activation=None),
         Target("tensorrt", activation="int8"),
     )
