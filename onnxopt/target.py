@@ -14,7 +14,8 @@ class Target(msgspec.Struct, frozen=True):
 
     `domains` are those that a pass may emit beyond the model's own; `activation` and
     `weight` are the 8-bit types of its QDQ layout (None: no QDQ on activations).
-    `zero_points`: its integer kernels take weights whose zero points are not 0.
+    `zero_points`: its integer kernels take weights whose zero points are not 0;
+    `float_bias`: they want biases of floats.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Target(msgspec.Struct, frozen=True):
     activation: str | None = "uint8"
     weight: str = "int8"
     zero_points: bool = False
+    float_bias: bool = False
 
 
 _ORT = frozenset({"", "com.microsoft"})
@@ -32,7 +34,7 @@ TARGETS = {
         Target("ort-cpu-x86", _ORT, zero_points=True),
         Target("ort-cpu-arm", _ORT, activation="int8", zero_points=True),
         Target("ort-cuda", _ORT, activation=None),
-        Target("tensorrt", activation="int8"),
+        Target("tensorrt", activation="int8", float_bias=True),
     )
 }
 

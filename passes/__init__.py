@@ -46,6 +46,9 @@ _HOMES = {
     "constant-chain": ("simplify.constant_chain", "MergeConstants"),
     "div-to-mul": ("simplify.div_to_mul", "DivToMul"),
     "fold-qdq-weights": ("qdq.fold_qdq_weights", "FoldQdqWeights"),
+    "implied-clip": ("qdq.implied_clip", "ImpliedClip"),
+    "qdq-bias": ("qdq.qdq_bias", "QdqBias"),
+    "round-bias": ("qdq.qdq_bias", "RoundBias"),
     "dead-layers": ("shrink.dead_layers", "DeadLayers"),
     "zero-channels": ("shrink.zero_channels", "ZeroChannels"),
     "merge-linear": ("shrink.merge_linear", "MergeLinear"),
@@ -108,13 +111,15 @@ _SIMPLIFY = (
     "div-to-mul",
 )
 
-ON_REQUEST = ("inline-functions", "round-to-zero")
+ON_REQUEST = ("inline-functions", "round-bias", "round-to-zero")
 """Passes of no recipe that comes with onnxopt: they change what a user may want kept."""
+
+_QDQ = ("fold-qdq-weights", "qdq-bias", "implied-clip")
 
 _SHRINK = ("dead-layers", "zero-channels", "merge-linear")
 
 PIPELINES: dict[str, tuple[str, ...]] = {
-    "default": (*_SIMPLIFY, "fold-qdq-weights", *_SHRINK),
+    "default": (*_SIMPLIFY, *_QDQ, *_SHRINK),
     "simplify": _SIMPLIFY,
     "shrink": (
         "dead-code",
