@@ -4,8 +4,9 @@
     r = Relu(t)                            t = Conv(x, w)
     q = QuantizeLinear(r, s, -128)   ->    q = QuantizeLinear(t, s, -128)
 
-Kernels of integers are chosen for a layer and the QuantizeLinear that reads it, and a
-Relu between them is in the way.
+Kernels of integers are chosen for a layer and the QuantizeLinear that reads it, and what
+stands between them is in the way. (ONNX Runtime removes a Relu or Clip by itself, before
+one QuantizeLinear of one scale.)
 
 1. Relu, Clip (Relu6), and Min and Max with a scalar, in float32, that only
    QuantizeLinear nodes read, to 8-bit codes, per tensor, per axis or in blocks.
