@@ -14,7 +14,8 @@ class Target(msgspec.Struct, frozen=True):
 
     `domains` are those that a pass may emit beyond the model's own; `activation` and
     `weight` are the 8-bit types of its QDQ layout (None: no QDQ on activations), with
-    zero point 0 where `symmetric`.
+    zero point 0 where `symmetric`. `zero_points`: its integer kernels take weights whose
+    zero points are not 0; `float_bias`: they want biases of floats.
     """
 
     name: str
@@ -22,6 +23,8 @@ class Target(msgspec.Struct, frozen=True):
     activation: str | None = "uint8"
     weight: str = "int8"
     symmetric: bool = False
+    zero_points: bool = False
+    float_bias: bool = False
 
 
 _ORT = frozenset({"", "com.microsoft"})
@@ -29,10 +32,10 @@ TARGETS = {
     target.name: target
     for target in (
         Target("onnx"),
-        Target("ort-cpu-x86", _ORT),
-        Target("ort-cpu-arm", _ORT, activation="int8"),
+        Target("ort-cpu-x86", _ORT, zero_points=True),
+        Target("ort-cpu-arm", _ORT, activation="int8", zero_points=True),
         Target("ort-cuda", _ORT, activation=None),
-        Target("tensorrt", activation="int8", symmetric=True),
+        Target("tensorrt", activation="int8", symmetric=True, float_bias=True),
     )
 }
 
