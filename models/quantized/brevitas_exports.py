@@ -70,7 +70,7 @@ def _store(export: Any, model: nn.Module, name: str, **options: Any) -> None:
 def main() -> None:
     legacy: dict[str, Any] = {"dynamo": False, "opset_version": 17}
     dynamo: dict[str, Any] = {"dynamo": True, "opset_version": 18}
-    channels = _net(Int8WeightPerChannelFloat, 8)
+    channels = _net(Int8WeightPerChannelFloat, 7)
     _store(export_qonnx, channels, "brevitas_qonnx", **legacy)
     _store(export_onnx_qcdq, channels, "brevitas_qcdq", **legacy)
     _store(export_onnx_qcdq, channels, "brevitas_qcdq_dynamo", **dynamo)

@@ -16,11 +16,15 @@ from models.quantize import ActivationQuantizer
 
 Rule = Callable[[Tensor, int], Tensor]
 
+LARGEST_CODE = 63.0
+"""Of 127: without VNNI, int8 kernels add two products of u8 and s8 in 16 bits, and what
+they saturate would hide what a rewrite does."""
+
 
 def channel_scale(weight: Tensor, axis: int, keepdim: bool = False) -> Tensor:
-    """Abs-max / 127 of each channel."""
+    """Abs-max / LARGEST_CODE of each channel."""
     others = [dim for dim in range(weight.dim()) if dim != axis]
-    return weight.detach().abs().amax(others, keepdim).clamp(min=1e-8) / 127.0
+    return weight.detach().abs().amax(others, keepdim).clamp(min=1e-8) / LARGEST_CODE
 
 
 def per_channel(weight: Tensor, axis: int) -> Tensor:
@@ -32,7 +36,7 @@ def per_channel(weight: Tensor, axis: int) -> Tensor:
 
 def per_tensor(weight: Tensor, axis: int) -> Tensor:
     """`per_channel` with one scale for all channels."""
-    scale = weight.detach().abs().max() / 127.0
+    scale = weight.detach().abs().max() / LARGEST_CODE
     zero = torch.zeros((), dtype=torch.int32)
     return torch.fake_quantize_per_tensor_affine(weight, scale, zero, -128, 127)
 

@@ -81,11 +81,12 @@ def _linear_net() -> ModelProto:
 
 
 def static(name: str, opset: int = 17, **options: Any) -> None:
-    """Per channel; the other options are those of quantize_static."""
+    """Per channel, 7-bit weights; the other options are those of quantize_static."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         reader = _Feeds(images())
-        quantize_static(_conv_net(opset), path, reader, per_channel=True, **options)
+        settings = {"per_channel": True, "reduce_range": True, **options}
+        quantize_static(_conv_net(opset), path, reader, **settings)
         store(onnx.load(path), name)
 
 
@@ -93,7 +94,8 @@ def dynamic(name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         kinds = ["Conv", "MatMul", "Gemm"]
-        quantize_dynamic(_conv_net(17), path, kinds, per_channel=True)
+        settings = {"per_channel": True, "reduce_range": True}
+        quantize_dynamic(_conv_net(17), path, kinds, **settings)
         store(onnx.load(path), name)
 
 

@@ -34,7 +34,7 @@ def pt2e() -> None:
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, 10)).eval()
     traced = torch.export.export(model, (images()[0],)).module()
     quantizer = X86InductorQuantizer()
-    quantizer.set_global(get_default_x86_inductor_quantization_config())
+    quantizer.set_global(get_default_x86_inductor_quantization_config(reduce_range=True))
     prepared = prepare_pt2e(traced, quantizer)
     for sample in images():
         prepared(sample)
