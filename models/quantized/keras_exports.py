@@ -88,7 +88,7 @@ def unfolded() -> None:
     ends = [[value.name for value in part] for part in (frozen.inputs, frozen.outputs)]
     with (
         tf.Graph().as_default() as graph,
-        mock.patch("tf2onnx.tfonnx.fold_constants_using_tf", lambda *_: None),
+        mock.patch("tf2onnx.tfonnx.fold_constants_using_tf", return_value=None),
     ):
         tf.import_graph_def(frozen.graph.as_graph_def(), name="")
         made = tf2onnx.tfonnx.process_tf_graph(
