@@ -267,6 +267,18 @@ def test_before_a_layer() -> None:
             assert skip.reason == "its scales do not run along the axis of the factors"
 
 
+def test_shapes_of_one_scale() -> None:
+    """A vector of one stays one, as its zero point does."""
+    case = Case(KINDS["conv"], "uint8", "tensor")
+    proto = case.before_arithmetic("Mul", np.array(-3.0))
+    for name in ("w_s", "w_z"):
+        found = support.find_tensor(proto, name)
+        found.CopyFrom(from_array(to_array(found).reshape(1), name))
+    made = check(proto, case)
+    shapes = [tensor(made, name).shape for name in weight_node(made).input[1:]]
+    assert shapes == [(1,), (1,)]
+
+
 # ---- codes without a mirror ----
 
 
