@@ -267,6 +267,40 @@ def test_before_a_layer() -> None:
             assert skip.reason == "its scales do not run along the axis of the factors"
 
 
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_blocks(transposed: int) -> None:
+    """Blocks of int4 along the inputs: each scale of an output is scaled."""
+    made, rng = Maker(21), np.random.default_rng(0)
+    codes = rng.integers(-7, 8, (32, 4)).astype(ml_dtypes.int4)
+    scale = rng.uniform(0.01, 0.1, (2, 4)).astype(np.float32)
+    zero = np.zeros((2, 4), ml_dtypes.int4)
+    if transposed:
+        codes, scale, zero = codes.T.copy(), scale.T.copy(), zero.T.copy()
+    names = [
+        made.constant(name, array)
+        for name, array in (("w_q", codes), ("w_s", scale), ("w_z", zero))
+    ]
+    made.node("DequantizeLinear", names, "w", axis=transposed, block_size=16)
+    made.node("Gemm", ["x", "w"], "t", transB=transposed)
+    factor = made.constant("c", np.array([2, -0.5, 0, 1], np.float32))
+    made.node("Mul", ["t", factor], "y")
+    kind = Kind("Gemm", (3, 32), (32, 4), 1, 4)
+    found = check(made.model(kind.given, ["y"]), Case(kind, "int4"))
+    assert tensor(found, "w_s").shape == scale.shape
+
+
+def test_shapes_of_one_scale() -> None:
+    """A vector of one stays one, as its zero point does."""
+    case = Case(KINDS["conv"], "uint8", "tensor")
+    proto = case.before_arithmetic("Mul", np.array(-3.0))
+    for name in ("w_s", "w_z"):
+        found = support.find_tensor(proto, name)
+        found.CopyFrom(from_array(to_array(found).reshape(1), name))
+    made = check(proto, case)
+    shapes = [tensor(made, name).shape for name in weight_node(made).input[1:]]
+    assert shapes == [(1,), (1,)]
+
+
 # ---- codes without a mirror ----
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto, helper
 
+from onnxopt import attributes
 from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
 from onnxopt.linear import DeclinedError, Floats, Layout, replace_constant
@@ -34,7 +36,10 @@ class CodedWeight(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, graph: GraphView, node: NodeProto, slot: int) -> CodedWeight:
         """Raises DeclinedError where that input is no such constant."""
-        return cls(graph, node, slot, integer_weight(graph, node.input[slot]))
+        coded = integer_weight(graph, node.input[slot])
+        if attributes.get(coded.node, "output_dtype", 0):
+            raise DeclinedError("the values are of another type than the scale")
+        return cls(graph, node, slot, coded)
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -118,7 +123,11 @@ class CodedWeight(msgspec.Struct, frozen=True):
     def _write_parameters(self, edit: Edit, made: Parameters) -> None:
         """Give the DequantizeLinear, which nothing else reads, other parameters."""
         node, old = self.coded.node, self.coded.parameters
-        replace_constant(self.graph, edit, node, 1, made.scale)
+        scale = made.scale
+        tensor = self.graph.weight(node.input[1])
+        if tensor is not None and scale.size == math.prod(tensor.dims) == 1:
+            scale = scale.reshape(tuple(tensor.dims))  # as that of the zero point
+        replace_constant(self.graph, edit, node, 1, scale)
         has_zero = len(node.input) > 2 and node.input[2]
         if has_zero or made.zero_point.any():
             same = made.zero_point.shape == old.zero_point.shape
