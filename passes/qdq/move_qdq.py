@@ -27,6 +27,7 @@ there is an end to it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import msgspec
@@ -246,21 +247,28 @@ class _Work(msgspec.Struct):
         return use.node if self.graph.op(use.node) == "QuantizeLinear" else None
 
     def _leads_to_fused(self, node: NodeProto) -> bool:
-        """Whether all data come from what can take a quantizer, or has one already."""
-        slots = range(len(node.input)) if self.graph.op(node) == "Concat" else (0,)
-        return all(self._takes_quantizer(node.input[slot]) for slot in slots)
+        """Whether data come from what fuses with a quantizer, others from one."""
+        ends = list(self._ends(node))
+        return FUSED.issuperset(set(ends) - {"DequantizeLinear"}) and not (
+            FUSED.isdisjoint(ends)
+        )
 
-    def _takes_quantizer(self, name: str) -> bool:
-        maker = self.graph.producer(name)
-        if maker is None:
-            return False
-        if self.graph.op(maker) == "DequantizeLinear":
-            return True
-        if self.graph.only_use(name) is None or self.graph.op(maker) == "MaxPool":
-            return False
-        if self.graph.op(maker) in FUSED:
-            return True
-        return is_carrier(self.graph, maker) and self._leads_to_fused(maker)
+    def _ends(self, node: NodeProto) -> Iterator[str]:
+        """The operators that make its data, behind what only moves them.
+
+        Empty texts stand for those whose results others read, too.
+        """
+        slots = range(len(node.input)) if self.graph.op(node) == "Concat" else (0,)
+        for slot in slots:
+            name = node.input[slot]
+            maker = self.graph.producer(name)
+            op = "" if maker is None else self.graph.op(maker)
+            if op != "DequantizeLinear" and self.graph.only_use(name) is None:
+                yield ""
+            elif maker is not None and op != "MaxPool" and is_carrier(self.graph, maker):
+                yield from self._ends(maker)
+            else:
+                yield op
 
 
 def _is_alone(graph: GraphView, first: NodeProto) -> bool:
