@@ -1,1 +1,1 @@
-"""Small models as quantizing frameworks export them: what the passes on Q/DQ must read."""
+"""Small models as quantizing frameworks export them: what passes on Q/DQ must read."""

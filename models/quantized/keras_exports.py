@@ -1,9 +1,9 @@
 """What tf2onnx makes of Keras models with FakeQuant nodes, and of an int8 TFLite model.
 
-    python models/quantized/keras_exports.py
+    python -m models.quantized.keras_exports
 
 Run in an environment with `pip install tensorflow-cpu==2.21.0 tf_keras tf2onnx==1.17.0`
-(Python 3.12), with the root of the repository on PYTHONPATH.
+(Python 3.12), from the root of the repository.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def unfolded() -> None:
     ends = [[value.name for value in part] for part in (frozen.inputs, frozen.outputs)]
     with (
         tf.Graph().as_default() as graph,
-        mock.patch("tf2onnx.tfonnx.fold_constants_using_tf", lambda *_: None),
+        mock.patch("tf2onnx.tfonnx.fold_constants_using_tf", return_value=None),
     ):
         tf.import_graph_def(frozen.graph.as_graph_def(), name="")
         made = tf2onnx.tfonnx.process_tf_graph(

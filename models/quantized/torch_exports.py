@@ -64,7 +64,7 @@ def legacy(model: nn.Module, sample: Tensor, name: str, fold: bool = True) -> No
 def dynamo(
     model: nn.Module, sample: Tensor, name: str, opset: int = 18, optimize: bool = True
 ) -> None:
-    """The torch.export exporter; not `optimize`: as it translates, operator by operator."""
+    """The torch.export exporter; not `optimize`: operator by operator, nothing folded."""
     program = torch.onnx.export(
         model.eval(),
         (sample,),
