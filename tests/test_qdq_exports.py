@@ -86,24 +86,24 @@ EXPORTS = (
     Export("ort_int4_nbits", 2, floats=False, integer=2),
     Export("blocked_int4", 1, integer=1),
     Export("keras_fake_quant", 2, integer=2, exact=False),
+    Export("keras_folded", 2, integer=2),
     Export("tflite_int8", 3, floats=False),
     Export("brevitas_qcdq", 3, floats=False, integer=2, left=1, freeze=True),
     Export("brevitas_qcdq_dynamo", 3, integer=2, left=1, freeze=True),
     Export("brevitas_qonnx", 3, integer=2, left=1, freeze=True),
     Export("brevitas_qonnx_int4", 3, integer=2, left=1, freeze=True),
 )
-FOLDED = "keras_folded"
-"""TensorFlow rounded its weights to float before tf2onnx saw them: no scale is left."""
-
 PROVEN = (
     "torch_legacy_conv_computed",
     "torch_dynamo_batch_norm",
     "torch_legacy_transformer",
     "torch_dynamo_int8_zero_point",
     "ort_qdq_float_weights",
-    FOLDED,
 )
 """Those that are also put to the verdict, which takes some seconds."""
+
+SLACK = 256
+"""Bytes for zero points, and a DequantizeLinear in place of a Cast."""
 
 INTEGER_KERNELS = {
     *("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulNBits"),
@@ -170,7 +170,7 @@ def test_file_is_smaller_by_what_the_weights_lose(export: Export) -> None:
     made = optimized(export)
     numbers = sum(weight.bytes for weight in layer_weights(made))  # one byte each at most
     saved = 3 * numbers if export.floats else 0
-    assert made.ByteSize() <= source_of(export.name).ByteSize() - saved
+    assert made.ByteSize() <= source_of(export.name).ByteSize() - saved + SLACK
 
 
 def test_transformer_is_at_most_27_hundredths_of_its_export() -> None:
@@ -281,15 +281,9 @@ def test_verdict(name: str) -> None:
     assert validation.status == "passed"
 
 
-def test_weights_rounded_to_float_stay() -> None:
-    made = onnxopt.optimize(source_of(FOLDED), validate=False).model
-    assert len(large_floats(made)) == 2
-    assert quantization(Model.open(made)).weights == []
-
-
 def test_every_file_is_looked_at() -> None:
     names = {path.stem for path in FOLDER.glob("*.onnx")}
-    assert names == {export.name for export in EXPORTS} | {FOLDED}
+    assert names == {export.name for export in EXPORTS}
 
 
 def test_readme_lists_the_files_and_their_digests() -> None:
