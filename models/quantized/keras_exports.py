@@ -1,6 +1,6 @@
 """What tf2onnx makes of Keras models with FakeQuant nodes, and of an int8 TFLite model.
 
-    PYTHONHASHSEED=0 python -m models.quantized.keras_exports
+    python -m models.quantized.keras_exports
 
 Run in an environment with `pip install tensorflow-cpu==2.21.0 tf_keras tf2onnx==1.17.0`
 (Python 3.12), from the root of the repository.
