@@ -45,13 +45,13 @@ class Quantize(keras.layers.Layer):
 
 class Conv(keras.layers.Conv2D):
     def call(self, x: Any) -> Any:
-        kernel = tf.quantization.fake_quant_with_min_max_vars(self.kernel, -0.3, 0.3)
+        kernel = tf.quantization.fake_quant_with_min_max_vars(self.kernel, -0.35, 0.35)
         return tf.nn.bias_add(tf.nn.conv2d(x, kernel, 1, "SAME"), self.bias)
 
 
 class Dense(keras.layers.Dense):
     def call(self, x: Any) -> Any:
-        kernel = tf.quantization.fake_quant_with_min_max_vars(self.kernel, -0.5, 0.5)
+        kernel = tf.quantization.fake_quant_with_min_max_vars(self.kernel, -0.9, 0.9)
         return tf.matmul(x, kernel) + self.bias
 
 
