@@ -51,6 +51,9 @@ _HOMES = {
     "near-fake-quant": ("qdq.near_fake_quant", "NearFakeQuant"),
     "custom-quantizers": ("qdq.custom_quantizers", "CustomQuantizers"),
     "fold-qdq-weights": ("qdq.fold_qdq_weights", "FoldQdqWeights"),
+    "implied-clip": ("qdq.implied_clip", "ImpliedClip"),
+    "qdq-bias": ("qdq.qdq_bias", "QdqBias"),
+    "round-bias": ("qdq.qdq_bias", "RoundBias"),
     "add-output-quantizer": ("qdq.add_output_quantizer", "AddOutputQuantizer"),
     "requantize": ("qdq.requantize", "Requantize"),
     "share-qdq": ("qdq.share_qdq", "ShareQdq"),
@@ -134,6 +137,7 @@ _RECOGNIZE = (
 ON_REQUEST = (
     "inline-functions",
     "near-fake-quant",
+    "round-bias",
     "add-output-quantizer",
     "qoperator-to-qdq",
     "qdq-to-qoperator",
@@ -142,7 +146,14 @@ ON_REQUEST = (
 )
 """Passes of no recipe that comes with onnxopt: they change what a user may want kept."""
 
-_QDQ = ("fold-qdq-weights", "requantize", "share-qdq", "move-qdq")
+_QDQ = (
+    "fold-qdq-weights",
+    "qdq-bias",
+    "implied-clip",
+    "requantize",
+    "share-qdq",
+    "move-qdq",
+)
 
 _SHRINK = ("dead-layers", "zero-channels", "merge-linear")
 

@@ -36,6 +36,7 @@ _INTEGER_WEIGHT = {
     "ConvInteger": (1, None),
     "MatMulInteger": (1, None),
     "com.microsoft::MatMulNBits": (1, 2),
+    "com.microsoft::QGemm": (3, 4),
 }
 
 

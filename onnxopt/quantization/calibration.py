@@ -27,8 +27,9 @@ from onnxopt import facts
 from onnxopt.data.inputs import Feed, Feeds
 from onnxopt.errors import UsageError
 from onnxopt.model import Model
+from onnxopt.processor import PRECISE
 from onnxopt.quantization.histogram import Histogram
-from onnxopt.runtime import Session, SessionSpec, Worker
+from onnxopt.runtime import Session, SessionSpec, Worker, provider_name
 from onnxopt.save import stage
 from onnxopt.validation.taps import TapModel
 
@@ -101,6 +102,7 @@ class Calibration(msgspec.Struct):
             self.provider,
             "enable_all",
             self.threads,
+            (PRECISE,) if provider_name(self.provider) == provider_name("cpu") else (),
             custom_op_libraries=self.custom_op_libraries,
         )
 

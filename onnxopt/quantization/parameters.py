@@ -126,6 +126,17 @@ def code_limits(data_type: int) -> tuple[int, int]:
     return int(iinfo(dtype).min), int(iinfo(dtype).max)
 
 
+def is_int8_quantizer(graph: GraphView, node: NodeProto) -> bool:
+    """Whether `node` makes int8 codes.
+
+    On x86 ONNX Runtime runs int8 activations as uint8, which it makes of a QuantizeLinear
+    with one DequantizeLinear right behind it: codes of several readers stay int8, and
+    nothing there fuses.
+    """
+    is_quantizer = graph.op(node) == "QuantizeLinear"
+    return is_quantizer and graph.dtype(node.output[0]) == TensorProto.INT8
+
+
 def parameters(graph: GraphView, node: NodeProto) -> Parameters:
     """Those of `node`, a QuantizeLinear or DequantizeLinear.
 

@@ -59,6 +59,7 @@ from onnxopt.validation.metrics import compare
 from onnxopt.validation.ordering import judge_ordering
 from onnxopt.validation.placement import TimeObserver
 from onnxopt.validation.samples import blamed
+from onnxopt.validation.saturation import add_saturation_note
 from onnxopt.validation.smooth import judge_unrounded
 from onnxopt.validation.spread import MovedModels
 from onnxopt.validation.verdict import (
@@ -232,6 +233,7 @@ def _judge_settled(
     judge_inside(verdict, workers, provider, feeds, moved)
     judge_ordering(verdict, workers, provider, feeds, moved.facts)
     _add_level_differences(verdict, workers, provider, feeds)
+    add_saturation_note(verdict, workers.candidate, provider, feeds)
     metric = verdict.question.budget.metric
     if metric is not None:
         _judge_metric(verdict, workers, provider, metric)

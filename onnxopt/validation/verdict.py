@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from onnxopt.data.inputs import Feed
+from onnxopt.processor import PRECISE
 from onnxopt.report import (
     Check,
     Counts,
@@ -122,11 +123,17 @@ class Question:
             provider=provider,
             level=level,
             threads=self.threads if threads is None else threads,
-            options=_UNPACKED if self._is_exact(provider, level) else (),
+            options=self._session_options(provider, level),
             custom_op_libraries=self.custom_op_libraries,
             strict=self.is_required(provider),
             placement=True,
         )
+
+    def _session_options(
+        self, provider: str, level: Level
+    ) -> tuple[tuple[str, str], ...]:
+        unpacked = _UNPACKED if self._is_exact(provider, level) else ()
+        return (*unpacked, PRECISE) if is_cpu(provider) else unpacked
 
     def is_required(self, provider: str) -> bool:
         """Whether nothing may run elsewhere; `required` holds full names."""

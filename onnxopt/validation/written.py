@@ -43,7 +43,10 @@ def _behind(node: NodeProto, readers: dict[str, list[NodeProto]]) -> set[str]:
     ops: set[str] = set()
     waiting, seen = [node.output[0]], {node.output[0]}
     while waiting:
-        for reader in readers[waiting.pop()]:
+        name = waiting.pop()
+        for reader in readers[name]:
+            if reader.op_type == "CastLike" and reader.input[0] != name:
+                continue  # of this value it reads the type
             ops.add(reader.op_type)
             if reader.op_type in _ON_THE_WAY:
                 waiting += [name for name in reader.output if name not in seen]

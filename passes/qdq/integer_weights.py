@@ -82,6 +82,8 @@ class IntegerWeights(Pass):
             if node.op_type == "Cast" and graph.dtype(node.input[0]) not in _INTEGERS:
                 continue
             found = scaling(graph, node)
+            if found is None and _is_scaled_later(graph, node):
+                graph.skip(node, "its scale stands behind the layer that reads it")
             if found is None or id(found.node) in seen:
                 continue
             seen[id(found.node)] = found.node
@@ -95,6 +97,14 @@ class IntegerWeights(Pass):
                 graph.skip(found.node, str(declined))
             except EvaluationError as error:
                 graph.skip(found.node, f"its value could not be computed: {error}")
+
+
+def _is_scaled_later(graph: GraphView, cast: NodeProto) -> bool:
+    """Whether a layer reads the codes of a weight as they are."""
+    tensor = graph.weight(cast.input[0])
+    if cast.op_type != "Cast" or tensor is None or tensor.data_type not in NARROW:
+        return False
+    return any(graph.op(use.node) in LAYERS for use in graph.uses(cast.output[0]))
 
 
 def weight_only_reason(graph: GraphView, layer: NodeProto) -> str:

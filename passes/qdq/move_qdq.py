@@ -18,7 +18,9 @@
 5. For `ort-cpu` also where ONNX Runtime fuses more then: DequantizeLinear goes down to
    what it fuses with, QuantizeLinear up to what it fuses with. For `tensorrt`, which
    wants its pairs, and for `ort-cuda`, which has no integer kernels, they stay.
-6. QuantizeLinear does not go up through MaxPool: of NaN beside numbers the largest is not
+6. int8 activations stay between their pairs, but for `ort-cpu-arm`: on x86 ONNX Runtime
+   makes uint8 of a pair, and runs nothing on integers where the two are apart.
+7. QuantizeLinear does not go up through MaxPool: of NaN beside numbers the largest is not
    the one whose code is the largest.
 
 Each edit turns an operator on floats into one on codes, and no pass does the reverse. So
@@ -27,11 +29,12 @@ there is an end to it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import msgspec
 import numpy as np
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
 from onnxopt import attributes, axes
 from onnxopt.edit import Edit
@@ -182,6 +185,8 @@ class _Work(msgspec.Struct):
         constant = self.graph.weight(first.input[0]) is not None
         if constant and self.graph.op(node) == "Gather":
             return True
+        if not constant and self.keeps_pairs(first):
+            return False
         readers = [use.node for name in node.output for use in self.graph.uses(name)]
         if any(self._is_undone(first, reader) for reader in readers):
             return True
@@ -192,6 +197,16 @@ class _Work(msgspec.Struct):
             and (self.graph.op(reader) in FUSED or is_carrier(self.graph, reader))
             for reader in readers
         )
+
+    def keeps_pairs(self, node: NodeProto) -> bool:
+        """Whether `node`, a Q or DQ, is to stay beside its partner.
+
+        On x86 ONNX Runtime runs int8 activations as uint8, which it makes of a
+        QuantizeLinear with a DequantizeLinear right behind it: apart, nothing fuses.
+        """
+        if self.context.target.name == "ort-cpu-arm":
+            return False
+        return parameters(self.graph, node).data_type == TensorProto.INT8
 
     def _is_undone(self, first: NodeProto, reader: NodeProto) -> bool:
         """Whether `requantize` removes `reader`, once it stands beside `first`."""
@@ -214,7 +229,7 @@ class _Work(msgspec.Struct):
         read = [i for i, name in enumerate(node.output) if graph.is_used(name)]
         quantizers = {index: self._reader(node.output[index]) for index in read}
         last = next(iter(quantizers.values()), None)
-        if last is None or not self._leads_to_fused(node):
+        if last is None or not self._leads_to_fused(node) or self.keeps_pairs(last):
             return False
         made = parameters(graph, last)
         if not made.is_per_tensor or not takes(graph, node, made.data_type):
@@ -246,21 +261,28 @@ class _Work(msgspec.Struct):
         return use.node if self.graph.op(use.node) == "QuantizeLinear" else None
 
     def _leads_to_fused(self, node: NodeProto) -> bool:
-        """Whether all data come from what can take a quantizer, or has one already."""
-        slots = range(len(node.input)) if self.graph.op(node) == "Concat" else (0,)
-        return all(self._takes_quantizer(node.input[slot]) for slot in slots)
+        """Whether data come from what fuses with a quantizer, others from one."""
+        ends = list(self._ends(node))
+        return FUSED.issuperset(set(ends) - {"DequantizeLinear"}) and not (
+            FUSED.isdisjoint(ends)
+        )
 
-    def _takes_quantizer(self, name: str) -> bool:
-        maker = self.graph.producer(name)
-        if maker is None:
-            return False
-        if self.graph.op(maker) == "DequantizeLinear":
-            return True
-        if self.graph.only_use(name) is None or self.graph.op(maker) == "MaxPool":
-            return False
-        if self.graph.op(maker) in FUSED:
-            return True
-        return is_carrier(self.graph, maker) and self._leads_to_fused(maker)
+    def _ends(self, node: NodeProto) -> Iterator[str]:
+        """The operators that make its data, behind what only moves them.
+
+        Empty texts stand for those whose results others read, too.
+        """
+        slots = range(len(node.input)) if self.graph.op(node) == "Concat" else (0,)
+        for slot in slots:
+            name = node.input[slot]
+            maker = self.graph.producer(name)
+            op = "" if maker is None else self.graph.op(maker)
+            if op != "DequantizeLinear" and self.graph.only_use(name) is None:
+                yield ""
+            elif maker is not None and op != "MaxPool" and is_carrier(self.graph, maker):
+                yield from self._ends(maker)
+            else:
+                yield op
 
 
 def _is_alone(graph: GraphView, first: NodeProto) -> bool:

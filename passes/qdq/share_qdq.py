@@ -6,7 +6,9 @@
 1. QuantizeLinear, or DequantizeLinear, of one value; scales and zero points are constants
    that are equal by value and type, whatever their names.
 2. Axes that are counted from either end are the same where the rank is known.
-3. The earlier node stays. (`cse` does it where the names are the same.)
+3. int8 activations are quantized as often as they were, but for `ort-cpu-arm`: on x86
+   ONNX Runtime runs nothing on integers where codes of int8 have several readers.
+4. The earlier node stays. (`cse` does it where the names are the same.)
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
 from onnxopt.linear import DeclinedError
 from onnxopt.manager import Context, Pass
-from onnxopt.quantization.parameters import LINEAR, parameters
+from onnxopt.quantization.parameters import LINEAR, is_int8_quantizer, parameters
 from onnxopt.report import Guarantee
 
 
@@ -32,7 +34,10 @@ class ShareQdq(Pass):
 
     def run(self, graph: GraphView, context: Context) -> None:
         """Node by node, with those that read the same value."""
+        arm = context.target.name == "ort-cpu-arm"
         for node in graph.visit(self, LINEAR):
+            if not arm and is_int8_quantizer(graph, node):
+                continue
             for twin in _twins(graph, node):
                 ahead = graph.precedes(node, twin)
                 first, second = (node, twin) if ahead else (twin, node)

@@ -76,6 +76,9 @@ class QuantizeStatic(Pass):
         graph = model.main
         if context.calibration is None:
             raise UsageError("quantize-static needs data to calibrate with")
+        if context.target.activation is None:
+            name = context.target.name
+            raise UsageError(f"target {name} has no use for quantized activations")
         made = plan(graph, Exclusion(self.exclude))
         for node, reason in made.skipped:
             graph.skip(node, reason)
@@ -93,7 +96,7 @@ class QuantizeStatic(Pass):
             found = moments.get(layer.node.output[0])
             depthwise = _is_depthwise(graph, layer.node)
             largest = REDUCED if reduced and not depthwise else LARGEST
-            self._quantize_layer(graph, layer, given, found, largest)
+            self._quantize_layer(graph, layer, given, found, largest, context.target)
         for name, root in made.root.items():
             _quantize_value(graph, name, chosen[root])
 
@@ -138,6 +141,7 @@ class QuantizeStatic(Pass):
         given: Parameters,
         moments: Moments | None,
         largest: int,
+        target: Target,
     ) -> None:
         """Codes for its weight and its bias, each behind a DequantizeLinear."""
         node = layer.node
@@ -148,7 +152,7 @@ class QuantizeStatic(Pass):
         stored = _dequantized(edit, node.input[1], made.codes, made.parameters)
         edit.set_input(node, 1, stored)
         if node.op_type != "MatMul":
-            _quantize_bias(graph, edit, node, given, made)
+            _quantize_bias(graph, edit, node, given, made, target)
         graph.apply(edit, "its weight is quantized")
 
 
@@ -161,7 +165,12 @@ def _is_depthwise(graph: GraphView, node: NodeProto) -> bool:
 
 
 def _quantize_bias(
-    graph: GraphView, edit: Edit, node: NodeProto, given: Parameters, made: Rounded
+    graph: GraphView,
+    edit: Edit,
+    node: NodeProto,
+    given: Parameters,
+    made: Rounded,
+    target: Target,
 ) -> None:
     """In int32 steps of input scale x weight scale, where these hold it; else in float.
 
@@ -180,7 +189,8 @@ def _quantize_bias(
     step = (given.scale * made.parameters.scale).astype(np.float32)
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         whole = np.rint(values / step)
-    if (np.abs(whole) < np.iinfo(np.int32).max).all():
+    fits = (np.abs(whole) < np.iinfo(np.int32).max).all()
+    if fits and not target.float_bias:
         held = Parameters(step, np.zeros(step.shape, np.int32), 0)
         stored = _dequantized(edit, name, whole.astype(np.int32), held)
     else:

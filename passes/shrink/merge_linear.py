@@ -34,12 +34,12 @@ from onnx import NodeProto
 from onnxopt import attributes
 from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
+from onnxopt.layer import Layer
 from onnxopt.linear import (
     FLOATS,
     LAYERS,
     DeclinedError,
     Floats,
-    Layer,
     floats,
     is_finite,
     is_padded,
@@ -93,7 +93,7 @@ class _Pair(NamedTuple):
         if shift and (maker.op_type, node.op_type) != ("MatMul", "MatMul"):
             return None
         try:
-            pair = cls(Layer.of(graph, maker), Layer.of(graph, node), shift)
+            pair = cls(Layer.of_floats(graph, maker), Layer.of_floats(graph, node), shift)
         except DeclinedError:
             return None  # a weight that is computed, or quantized
         return pair if pair._fits() else None

@@ -7,6 +7,7 @@
    not matter to Add, Mul, Equal and logic (from opset 7 on).
 2. Standard operators only, and none that is random or holds a subgraph.
 3. The earlier one stays, with its names; that of an outer scope, before one inside.
+4. QuantizeLinear to int8 stays double: ONNX Runtime fuses codes of one reader alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from onnxopt.graph import GraphView
 from onnxopt.manager import Context, Pass
 from onnxopt.model import Model
 from onnxopt.operators import RANDOM
+from onnxopt.quantization.parameters import is_int8_quantizer
 from onnxopt.report import Guarantee
 
 
@@ -94,6 +96,8 @@ def _merge(graph: GraphView, first: NodeProto, second: NodeProto) -> None:
 
 def _is_comparable(graph: GraphView, node: NodeProto) -> bool:
     if not any(node.input) or graph.op(node) != node.op_type or node.op_type in RANDOM:
+        return False
+    if is_int8_quantizer(graph, node):
         return False
     inner = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
     return all(attribute.type not in inner for attribute in node.attribute)

@@ -12,6 +12,8 @@
 3. All parameters are constants, the value between the two has no other reader, and the
    BatchNormalization runs in inference mode with one output.
 4. Computed in float64 and rounded once to the weight's dtype.
+5. Of a weight that DequantizeLinear makes of codes, f scales the scales, and turns the
+   codes where it is negative (`onnxopt.quantization.scaling` says how, and when not).
 
 Source: Jacob et al., Quantization and Training of Neural Networks, section 3.2
 (https://arxiv.org/abs/1712.05877); the ONNX operator's formula.
@@ -27,9 +29,11 @@ from onnx import NodeProto
 from onnxopt import attributes
 from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
-from onnxopt.linear import LAYERS, DeclinedError, Floats, Layer, floats
+from onnxopt.layer import Layer
+from onnxopt.linear import LAYERS, DeclinedError, Floats, floats
 from onnxopt.manager import Context, Pass
 from onnxopt.report import Guarantee
+from onnxopt.target import Target
 
 
 class FoldBatchNorm(Pass):
@@ -42,20 +46,20 @@ class FoldBatchNorm(Pass):
         """Look at the nodes before and behind every BatchNormalization."""
         for norm in graph.visit(self, ("BatchNormalization",)):
             try:
-                edit = _folded(graph, norm)
+                edit = _folded(graph, norm, context.target)
             except DeclinedError as declined:
                 graph.skip(norm, str(declined))
             else:
                 graph.apply(edit, "a linear layer can do its own scale and shift")
 
 
-def _folded(graph: GraphView, norm: NodeProto) -> Edit:
+def _folded(graph: GraphView, norm: NodeProto, target: Target) -> Edit:
     _check_inference(graph, norm)
     before = graph.producer(norm.input[0])
     if before is None or graph.op(before) not in LAYERS:
         return _folded_behind(graph, norm)
     try:
-        return _folded_before(graph, norm, before)
+        return _folded_before(graph, norm, before, target)
     except DeclinedError as declined:
         try:
             return _folded_behind(graph, norm)
@@ -63,7 +67,9 @@ def _folded(graph: GraphView, norm: NodeProto) -> Edit:
             raise declined from None
 
 
-def _folded_before(graph: GraphView, norm: NodeProto, before: NodeProto) -> Edit:
+def _folded_before(
+    graph: GraphView, norm: NodeProto, before: NodeProto, target: Target
+) -> Edit:
     """Into the layer whose output it reads."""
     layer = Layer.of(graph, before)
     if graph.only_use(norm.input[0]) is None:
@@ -71,7 +77,8 @@ def _folded_before(graph: GraphView, norm: NodeProto, before: NodeProto) -> Edit
     if layer.rank != 2 and before.op_type == "MatMul":
         raise DeclinedError("the MatMul before it is not of rank 2")
     edit = Edit(graph, norm)
-    layer.scale_outputs(edit, *_scale_and_shift(graph, norm))
+    factor, shift = _scale_and_shift(graph, norm)
+    layer.scale_outputs(edit, factor, shift, may_move_zero=target.zero_points)
     edit.bypass(norm, {norm.output[0]: before.output[0]})
     return edit
 
@@ -80,9 +87,9 @@ def _folded_behind(graph: GraphView, norm: NodeProto) -> Edit:
     """Into the layer that reads its output."""
     use = graph.only_use(norm.output[0])
     if use is None or use.view is not graph or use.index != 0:
-        raise DeclinedError("no linear layer stands beside it")
+        raise DeclinedError(_nothing_beside(graph, norm))
     if graph.op(use.node) not in LAYERS:
-        raise DeclinedError("no linear layer stands beside it")
+        raise DeclinedError(_nothing_beside(graph, norm))
     layer = Layer.of(graph, use.node)
     if layer.rank != 2 and use.node.op_type == "MatMul":
         raise DeclinedError("the MatMul behind it is not of rank 2")
@@ -90,6 +97,14 @@ def _folded_behind(graph: GraphView, norm: NodeProto) -> Edit:
     layer.scale_inputs(edit, *_scale_and_shift(graph, norm))
     edit.bypass(norm, {norm.output[0]: norm.input[0]})
     return edit
+
+
+def _nothing_beside(graph: GraphView, norm: NodeProto) -> str:
+    """Why there is no layer, where a quantizer hides it."""
+    before = graph.producer(norm.input[0])
+    if before is not None and graph.op(before) == "DequantizeLinear":
+        return "what it reads is rounded to codes behind the layer"
+    return "no linear layer stands beside it"
 
 
 def _check_inference(graph: GraphView, norm: NodeProto) -> None:

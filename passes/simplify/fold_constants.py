@@ -8,9 +8,10 @@
    of a value whose dims are known.
 3. The rest is evaluated by ONNX Runtime, nodes that share values in one session.
 4. A fold may grow the model by at most `max_growth` bytes, or a quarter of what it is
-   computed from, or a hundredth of the model: a scale computed from a weight folds, while
-   what expands a constant (ConstantOfShape, Expand, Tile, Cast of int8 weights...) stays
-   as it is. Of a chain whose end is too large the beginning folds.
+   computed from, or, as far as the run has made the model smaller so far, a hundredth of
+   it: a scale computed from a weight folds, while what expands a constant
+   (ConstantOfShape, Expand, Tile, Cast of int8 weights...) stays as it is. Of a chain
+   whose end is too large the beginning folds.
 5. Never folded: DequantizeLinear (it would expand integer weights) and QuantizeLinear
    (`fold-qdq-weights` does that), whatever is random, and nodes with subgraphs.
 """
@@ -48,7 +49,7 @@ _WIDE = {
 """Types that no quantizer stores weights in; all others stay behind their Cast."""
 _SMALL_SOURCE = 256
 _SHARE = 100
-"""One fold may add this part of the model; all together keep to the budget of the run."""
+"""One fold may add this part of the model, if all edits together save as much."""
 
 
 class FoldConstants(Pass):
@@ -161,7 +162,9 @@ class FoldConstants(Pass):
         """By how much a fold may grow the model; packed weights are not unpacked."""
         if narrow:
             return self.max_growth
-        share = graph.model.ledger.start_bytes // _SHARE
+        ledger = graph.model.ledger
+        saved = max(ledger.start_bytes - ledger.bytes, 0)
+        share = min(ledger.start_bytes // _SHARE, saved)
         return max(self.max_growth, sources // 4, share)
 
 

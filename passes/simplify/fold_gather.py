@@ -26,7 +26,8 @@ from onnx import NodeProto
 from onnxopt import attributes
 from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
-from onnxopt.linear import DeclinedError, Layer
+from onnxopt.layer import Layer
+from onnxopt.linear import DeclinedError
 from onnxopt.manager import Context, Pass
 from onnxopt.report import Guarantee
 

@@ -9,7 +9,9 @@
 2. Mul and Div by a scalar before such a layer.
 3. The value between the two has no other reader, nobody else reads the weight, and the
    model does not grow (as it would by a bias for the sake of a scalar).
-4. Computed in float64 and rounded once to the weight's dtype.
+4. Computed in float64 and rounded once to the weight's dtype. Of a weight that
+   DequantizeLinear makes of codes, the scales are scaled, and codes turn where a factor
+   is negative (`onnxopt.quantization.scaling` says how, and when not).
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ import numpy as np
 from onnxopt.affine import AFFINE, Affine
 from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
-from onnxopt.linear import DeclinedError, Floats, Layer, per_channel
+from onnxopt.layer import Layer
+from onnxopt.linear import DeclinedError, Floats, per_channel
 from onnxopt.manager import Context, Pass
 from onnxopt.report import Guarantee
+from onnxopt.target import Target
 
 
 class FoldScale(Pass):
@@ -39,7 +43,8 @@ class FoldScale(Pass):
             if scale is None:
                 continue
             try:
-                edit = _folded_before(graph, scale) or _folded_behind(graph, scale)
+                edit = _folded_before(graph, scale, context.target)
+                edit = edit or _folded_behind(graph, scale)
             except DeclinedError as declined:
                 graph.skip(node, str(declined))
                 continue
@@ -47,7 +52,7 @@ class FoldScale(Pass):
                 graph.apply(edit, "a linear layer can do its own scale and shift")
 
 
-def _folded_before(graph: GraphView, scale: Affine) -> Edit | None:
+def _folded_before(graph: GraphView, scale: Affine, target: Target) -> Edit | None:
     """Into the layer whose output it reads."""
     layer = Layer.beside(graph, graph.producer(scale.value), scale.value)
     if layer is None or (layer.node.op_type == "MatMul" and not scale.is_scale):
@@ -59,7 +64,7 @@ def _folded_before(graph: GraphView, scale: Affine) -> Edit | None:
         return None
     _check_finite(factor, shift)
     edit = Edit(graph, scale.node, max_growth=0)
-    layer.scale_outputs(edit, factor, shift)
+    layer.scale_outputs(edit, factor, shift, may_move_zero=target.zero_points)
     edit.bypass(scale.node, {scale.node.output[0]: layer.node.output[0]})
     return edit
 

@@ -21,19 +21,15 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar
 
-import msgspec
 import numpy as np
-from onnx import NodeProto, TensorProto
+from onnx import NodeProto
 
+from onnxopt.clamps import CLAMPS, LARGEST, Clamp, clamp_of
 from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
 from onnxopt.manager import Context, Pass
-from onnxopt.operands import clip_bounds
-from onnxopt.pattern import Constant, Match, Op, Value, match
 from onnxopt.report import Guarantee
 
-_LARGEST = float(np.finfo(np.float32).max)
-_CLAMPS = ("Relu", "Clip", "Max", "Min")
 _INVERSE_OF_ITSELF = ("Neg", "Not")
 _IDEMPOTENT = ("Abs", "Floor", "Ceil", "Round", "Sign")
 
@@ -48,8 +44,8 @@ class MergeElementwise(Pass):
         """Look at the last node of each pair."""
         if graph.opset() < 8:
             return  # Min and Max broadcast no scalar
-        for node in graph.visit(self, (*_CLAMPS, *_INVERSE_OF_ITSELF, *_IDEMPOTENT)):
-            if node.op_type in _CLAMPS:
+        for node in graph.visit(self, (*CLAMPS, *_INVERSE_OF_ITSELF, *_IDEMPOTENT)):
+            if node.op_type in CLAMPS:
                 _merge_clamps(graph, node)
             else:
                 _merge_signs(graph, node)
@@ -78,33 +74,14 @@ def _merge_signs(graph: GraphView, node: NodeProto) -> None:
 # ---- clamps ----
 
 
-class _Clamp(msgspec.Struct, frozen=True):
-    """min(max(value, low), high), with low <= high."""
-
-    value: str
-    low: float
-    high: float
-
-    def then(self, other: _Clamp) -> _Clamp:
-        """This clamp and `other` behind it as one."""
-        return _Clamp(self.value, other.of(self.low), other.of(self.high))
-
-    def of(self, number: float) -> float:
-        return min(max(number, self.low), self.high)
-
-    def covers(self, other: _Clamp) -> bool:
-        """Whether it changes nothing behind `other`."""
-        return self.low <= other.low and self.high >= other.high
-
-
 def _merge_clamps(graph: GraphView, node: NodeProto) -> None:
-    last = _clamp(graph, node)
+    last = clamp_of(graph, node)
     if last is None:
         return
     maker = graph.producer(last.value)
     first = None
-    if maker is not None and graph.op(maker) in _CLAMPS:
-        first = _clamp(graph, maker)
+    if maker is not None and graph.op(maker) in CLAMPS:
+        first = clamp_of(graph, maker)
     edit = Edit(graph, node)
     if maker is None or first is None:
         if node.op_type == "Max" and (last.low, last.high) == (0, math.inf):
@@ -119,35 +96,7 @@ def _merge_clamps(graph: GraphView, node: NodeProto) -> None:
         graph.apply(edit, f"{maker.op_type} and {node.op_type} are one")
 
 
-_X = Value("x")
-_WITH_SCALAR = {kind: Op(kind, Constant(name="bound"), _X) for kind in ("Max", "Min")}
-
-
-def _clamp(graph: GraphView, node: NodeProto) -> _Clamp | None:
-    """What a node clamps, and to where; None where it may be no clamp of float32."""
-    if graph.dtype(node.output[0]) != TensorProto.FLOAT:
-        return None
-    if node.op_type == "Relu":
-        return _Clamp(node.input[0], 0.0, math.inf)
-    if node.op_type == "Clip":
-        bounds = clip_bounds(graph, node)
-        if bounds is None:
-            return None
-        low, high = bounds
-        value = node.input[0]
-        low = -_LARGEST if low is None else float(low)
-        high = _LARGEST if high is None else float(high)
-    else:
-        found = match(graph, node, _WITH_SCALAR[node.op_type])
-        if not isinstance(found, Match) or not found.keeps_shape("x"):
-            return None
-        value, bound = found["x"], found.number("bound")
-        low, high = (bound, math.inf) if node.op_type == "Max" else (-math.inf, bound)
-    proper = low <= high and low < math.inf and high > -math.inf
-    return _Clamp(value, low, high) if proper else None
-
-
-def _write(graph: GraphView, edit: Edit, clamp: _Clamp, near: Sequence[str]) -> None:
+def _write(graph: GraphView, edit: Edit, clamp: Clamp, near: Sequence[str]) -> None:
     """Put the operator that clamps like this in the edit's place.
 
     Bounds that are among the values `near` are read there.
@@ -173,6 +122,6 @@ def _write(graph: GraphView, edit: Edit, clamp: _Clamp, near: Sequence[str]) -> 
     elif graph.opset() < 11:
         edit.rewrite("Clip", [clamp.value], {"min": low, "max": high})
     else:
-        bounds = [bound(low) if low > -_LARGEST else ""]
-        bounds += [bound(high)] if high < _LARGEST else []
+        bounds = [bound(low) if low > -LARGEST else ""]
+        bounds += [bound(high)] if high < LARGEST else []
         edit.rewrite("Clip", [clamp.value, *bounds])

@@ -81,7 +81,7 @@ def test_it_stays_quantized(name: str, run: str, tmp_path: Path) -> None:
     source, made = onnx.load(path), result.model
     onnx.checker.check_model(made)
     assert integers(source)
-    assert integers(made) == integers(source)
+    assert integers(made) <= integers(source)  # what does not matter may go
     allowed = ALLOWED.get(run, 0) if name == "ddddocr-old" else 0
     assert bytes_of_floats(made) <= bytes_of_floats(source) + min(allowed, 8192)
     assert made.ByteSize() <= path.stat().st_size + allowed

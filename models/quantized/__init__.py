@@ -1,0 +1,1 @@
+"""Small models as quantizing frameworks export them: what passes on Q/DQ must read."""
