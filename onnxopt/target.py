@@ -14,8 +14,8 @@ class Target(msgspec.Struct, frozen=True):
     `domains` are those that a pass may emit beyond the model's own; `activation` and
     `weight` are the 8-bit types of its QDQ layout (None: no QDQ on activations), with
     zero point 0 where `symmetric`. `zero_points`: its integer kernels take weights whose
-    zero points are not 0; `float_bias`: they want biases of floats; `adds_pairs`: they add
-    two products of uint8 and int8 in 16 bits, and with weights of 8 bits saturate.
+    zero points are not 0; `float_bias`: they want biases of floats; `adds_pairs`: they
+    add two products of uint8 and int8 in 16 bits, and with 8-bit weights saturate.
     """
 
     name: str
