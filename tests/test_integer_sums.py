@@ -6,7 +6,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from onnx import ModelProto
+from onnx.helper import make_node
+from onnx.numpy_helper import from_array
 
+from onnxopt import optimize
 from onnxopt.manager import Context
 from onnxopt.quantization.kernels import integer_kernels
 from onnxopt.target import target
@@ -110,3 +113,22 @@ def test_bias_of_floats_can_be_loaded(opset: int, name: str) -> None:
     made = folded(proto, name)
     assert (len(made.graph.node) < len(proto.graph.node)) == (opset > 10)
     ort.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("is_fake", [False, True])
+def test_weight_alone_behind_a_transpose(is_fake: bool) -> None:
+    """It is transposed in the file, so that no Gemm has to do it."""
+    made, codes = Maker(), np.arange(-64, 64, dtype=np.int8).reshape(4, 32)
+    scale, zero = np.linspace(0.1, 0.2, 4, dtype=np.float32), np.zeros(4, np.int8)
+    made.dequantized("w", codes, scale, zero, 0)
+    if is_fake:
+        made.weights[0].CopyFrom(from_array(codes.astype(np.float32) / 9, "floats"))
+        node = make_node("QuantizeLinear", ["floats", "w_s", "w_z"], ["w_q"], axis=0)
+        made.nodes.insert(0, node)
+    made.node("Transpose", ["w"], "turned", perm=[1, 0])
+    product = made.node("MatMul", ["x", "turned"], "t")
+    bias = made.constant("b", np.ones(4, np.float32))
+    proto = made.model([2, 32], [made.node("Add", [product, bias], "y")])
+    left = optimize(proto, target="ort-cpu", validate=False).model
+    assert [node.op_type for node in left.graph.node] == ["DequantizeLinear", "Gemm"]
+    assert integer_kernels(left).layers[0].runs == "weights"
