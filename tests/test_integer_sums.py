@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnxruntime as ort
 import pytest
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 from onnx.helper import make_node
 from onnx.numpy_helper import from_array
 
@@ -46,10 +46,10 @@ def quantized(made: Maker, value: str) -> ModelProto:
     return made.model([2, 4], [made.quantized(value, 0.1, np.asarray(np.uint8(0)))])
 
 
-def folded(proto: ModelProto, name: str) -> ModelProto:
+def folded(proto: ModelProto, name: str, passes: str = PASSES) -> ModelProto:
     with Context(target=target(name)).evaluator as evaluator:
         context = Context(target=target(name), evaluator=evaluator)
-        return support.final(support.run_passes(proto, PASSES, context))
+        return support.final(support.run_passes(proto, passes, context))
 
 
 def kept_integer(proto: ModelProto) -> bool:
@@ -132,3 +132,18 @@ def test_weight_alone_behind_a_transpose(is_fake: bool) -> None:
     left = optimize(proto, target="ort-cpu", validate=False).model
     assert [node.op_type for node in left.graph.node] == ["DequantizeLinear", "Gemm"]
     assert integer_kernels(left).layers[0].runs == "weights"
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_int8_codes_that_would_be_shared(shared: bool) -> None:
+    made = layer("MatMul")
+    first = made.quantized("t", 0.1, np.asarray(np.int8(0)))
+    again = made.quantized(first, 0.1, np.asarray(np.int8(0)))
+    outputs = [f"{first}_q", again][1 - shared :]
+    proto = made.model([2, 4], outputs)
+    for value in proto.graph.output:
+        kind = TensorProto.INT8 if value.name.endswith("_q") else TensorProto.FLOAT
+        value.type.tensor_type.elem_type = kind
+    left = folded(proto, "ort-cpu-x86", "requantize,dead-code")
+    assert (len(left.graph.node) < len(proto.graph.node)) == (not shared)
+    assert integer_kernels(left).layers[0].runs == "integer"
