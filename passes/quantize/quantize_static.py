@@ -35,7 +35,6 @@ from onnx import NodeProto, TensorProto
 
 from onnxopt import attributes
 from onnxopt.edit import Edit
-from onnxopt.errors import UsageError
 from onnxopt.graph import GraphView
 from onnxopt.manager import Context, Pass
 from onnxopt.model import Model
@@ -43,7 +42,7 @@ from onnxopt.quantization import parameters
 from onnxopt.quantization.calibration import Calibration, Seen
 from onnxopt.quantization.moments import Moments, layer_moments
 from onnxopt.quantization.parameters import Parameters
-from onnxopt.quantization.plan import Exclusion, Layer, Plan, plan
+from onnxopt.quantization.plan import LAYERS, Exclusion, Layer, Plan, plan
 from onnxopt.quantization.ranges import METHODS, Range, affine
 from onnxopt.quantization.rounding import Rounded, rounded_weight
 from onnxopt.report import Guarantee
@@ -74,11 +73,12 @@ class QuantizeStatic(Pass):
     def run_model(self, model: Model, context: Context) -> None:
         """The main graph alone: what is inside of a loop is not calibrated."""
         graph = model.main
-        if context.calibration is None:
-            raise UsageError("quantize-static needs data to calibrate with")
-        if context.target.activation is None:
-            name = context.target.name
-            raise UsageError(f"target {name} has no use for quantized activations")
+        refusal = _refusal(context)
+        if refusal is not None:
+            for node in graph.nodes(LAYERS):
+                graph.skip(node, refusal)
+            return
+        assert context.calibration is not None
         made = plan(graph, Exclusion(self.exclude))
         for node, reason in made.skipped:
             graph.skip(node, reason)
@@ -154,6 +154,15 @@ class QuantizeStatic(Pass):
         if node.op_type != "MatMul":
             _quantize_bias(graph, edit, node, given, made, target)
         graph.apply(edit, "its weight is quantized")
+
+
+def _refusal(context: Context) -> str | None:
+    """Why nothing can be quantized."""
+    if context.calibration is None:
+        return "no data (--data) to tell its ranges"
+    if context.target.activation is None:
+        return f"target {context.target.name} has no use for quantized activations"
+    return None
 
 
 def _is_depthwise(graph: GraphView, node: NodeProto) -> bool:
