@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import platform
-
 import msgspec
 
+from onnxopt import processor
 from onnxopt.errors import UsageError
 
 
@@ -15,7 +14,9 @@ class Target(msgspec.Struct, frozen=True):
     `domains` are those that a pass may emit beyond the model's own; `activation` and
     `weight` are the 8-bit types of its QDQ layout (None: no QDQ on activations), with
     zero point 0 where `symmetric`. `zero_points`: its integer kernels take weights whose
-    zero points are not 0; `float_bias`: they want biases of floats.
+    zero points are not 0; `float_bias`: they want biases of floats; `keeps_int8_pairs`:
+    codes of int8 activations are to stay between one QuantizeLinear and one
+    DequantizeLinear (`quantization.parameters.is_int8_quantizer` says why).
     """
 
     name: str
@@ -25,6 +26,7 @@ class Target(msgspec.Struct, frozen=True):
     symmetric: bool = False
     zero_points: bool = False
     float_bias: bool = False
+    keeps_int8_pairs: bool = True
 
 
 _ORT = frozenset({"", "com.microsoft"})
@@ -33,7 +35,13 @@ TARGETS = {
     for target in (
         Target("onnx"),
         Target("ort-cpu-x86", _ORT, zero_points=True),
-        Target("ort-cpu-arm", _ORT, activation="int8", zero_points=True),
+        Target(
+            "ort-cpu-arm",
+            _ORT,
+            activation="int8",
+            zero_points=True,
+            keeps_int8_pairs=False,
+        ),
         Target("ort-cuda", _ORT, activation=None),
         Target("tensorrt", activation="int8", symmetric=True, float_bias=True),
     )
@@ -43,8 +51,7 @@ TARGETS = {
 def target(name: str) -> Target:
     """The target called `name`; `ort-cpu` is this machine's. Raises UsageError."""
     if name == "ort-cpu":
-        arm = platform.machine().lower() in ("aarch64", "arm64")
-        name = "ort-cpu-arm" if arm else "ort-cpu-x86"
+        name = "ort-cpu-arm" if processor.is_arm() else "ort-cpu-x86"
     if name not in TARGETS:
         known = ", ".join(sorted([*TARGETS, "ort-cpu"]))
         raise UsageError(f"unknown target {name!r}; there are {known}")
