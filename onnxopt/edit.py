@@ -740,7 +740,9 @@ def _inner_nodes(node: NodeProto) -> int:
 
 def _set_payload(tensor: TensorProto, new: TensorProto) -> None:
     """Give `tensor` the payload of `new`; name, doc string and metadata stay."""
-    kept = TensorProto(name=tensor.name, doc_string=tensor.doc_string)
+    kept = TensorProto(name=tensor.name)
+    if tensor.doc_string:
+        kept.doc_string = tensor.doc_string
     if tensor.metadata_props:
         kept.metadata_props.extend(tensor.metadata_props)
     tensor.CopyFrom(new)

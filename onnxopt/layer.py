@@ -31,6 +31,7 @@ from onnxopt.quantization.coded_weight import CodedWeight, dequantized_constant
 from onnxopt.quantization.product import (
     INVISIBLE,
     LARGEST,
+    check_float_bias,
     dequantized_peak,
     product_scale,
 )
@@ -182,6 +183,9 @@ class Layer(msgspec.Struct, frozen=True):
             if self.rank != 2:
                 raise DeclinedError("the MatMul is not of rank 2")
             edit.set_op_type(self.node, "Gemm")
+        has_floats = self.has_bias and self.graph.weight(self.node.input[2]) is not None
+        if not has_floats:
+            check_float_bias(self.graph, self.node)
         with np.errstate(over="ignore"):
             rounded = bias.astype(FLOATS[self.weight.data_type])
         set_constant(self.graph, edit, self.node, 2, rounded)

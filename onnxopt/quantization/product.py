@@ -18,6 +18,20 @@ INVISIBLE = 2.0**-26
 """A part of a float32 that is lost where it is added to it."""
 
 
+_ROUND_SINCE = 11
+
+
+def check_float_bias(graph: GraphView, node: NodeProto) -> None:
+    """Raise DeclinedError where ONNX Runtime would refuse a bias of floats beside codes.
+
+    At load it rounds such a bias, and the weight, by a Round that opset 10 does not have.
+    """
+    if graph.opset() < _ROUND_SINCE and dequantized_by(graph, node.input[0]) is not None:
+        raise DeclinedError(
+            f"ONNX Runtime loads no float bias beside codes below opset {_ROUND_SINCE}"
+        )
+
+
 def dequantized_by(graph: GraphView, name: str) -> Parameters | None:
     """The parameters, of one scale, by which DequantizeLinear makes `name`."""
     maker = graph.producer(name)

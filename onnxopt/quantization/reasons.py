@@ -59,6 +59,18 @@ def why_float(site: Site, provider: str = CPU) -> Because:
     return Because(told or "for a reason that is not known", True)
 
 
+def is_integer(site: Site) -> bool:
+    """Whether nothing is known to stand against an integer kernel on the CPU."""
+    layer = site.layer
+    if _is_float(site) or _no_kernel(site) or layer.activation.mode != "static":
+        return False
+    if layer.activation.granularity != "per-tensor":
+        return False
+    return not (
+        _bad_weight(site) or _bad_bias(site) or _bad_output(site) or _shared(site)
+    )
+
+
 def lacks_output(site: Site) -> bool:
     """Whether a layer would fuse if its result were quantized, and only then.
 
@@ -181,12 +193,13 @@ def _shared(site: Site) -> str | None:
     if quantizer is not None:
         values += [use.node.output[0] for use in site.view.uses(quantizer.output[0])]
     for name in values:
-        if _has_shared_codes(site.view, name):
+        if has_shared_codes(site.view, name):
             return f"the int8 codes of {name!r} have several readers: uint8 would fuse"
     return None
 
 
-def _has_shared_codes(view: GraphView, name: str) -> bool:
+def has_shared_codes(view: GraphView, name: str) -> bool:
+    """Whether the int8 codes that `name` is made of go to several places."""
     maker = dequantizer(view, name)
     if maker is None or view.dtype(maker.input[0]) != TensorProto.INT8:
         return False

@@ -8,6 +8,7 @@ says what the numbers mean and where they come from.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import tempfile
@@ -59,7 +60,7 @@ from onnxopt.validation.metrics import compare
 from onnxopt.validation.ordering import judge_ordering
 from onnxopt.validation.placement import TimeObserver
 from onnxopt.validation.samples import blamed
-from onnxopt.validation.saturation import add_saturation_note
+from onnxopt.validation.saturation import add_saturation_note, needs_exact_kernels
 from onnxopt.validation.smooth import judge_unrounded
 from onnxopt.validation.spread import MovedModels
 from onnxopt.validation.verdict import (
@@ -136,6 +137,7 @@ def judge(
         seed=seed,
         required=frozenset(map(provider_name, required)),
     )
+    question = dataclasses.replace(question, precise=needs_exact_kernels(question))
     verdict = Verdict(question)
     present = _present(verdict, _wanted(providers, required))
     with tempfile.TemporaryDirectory(prefix="onnxopt-") as folder:

@@ -15,14 +15,33 @@ import numpy as np
 
 from onnxopt import processor
 from onnxopt.data.inputs import Feed, Feeds
-from onnxopt.errors import SessionError
+from onnxopt.errors import SessionError, WorkerError
 from onnxopt.runtime import Session, Worker
 from onnxopt.validation.placement import int8_layers
-from onnxopt.validation.verdict import Verdict, is_cpu
+from onnxopt.validation.verdict import Question, Verdict, is_cpu
 
 _FEEDS = 2
 _NOTICEABLE = 1e-3
 """Of the largest value of an output; adding in another order stays below."""
+
+
+def needs_exact_kernels(question: Question) -> bool:
+    """Whether the default kernels could saturate, and ONNX Runtime loads both models
+    with the exact ones, which for some weights that are shared it does not.
+    """
+    if not processor.adds_pairs():
+        return False
+    paths = (question.reference, question.candidate)
+    if not any(any(int8_layers(path)) for path in paths):
+        return False
+    exact = dataclasses.replace(question, precise=True).spec("cpu", "enable_all")
+    with question.worker() as worker:
+        try:
+            for path in paths:
+                worker.load(path, exact).close()
+        except WorkerError:
+            return False
+    return True
 
 
 def add_saturation_note(
@@ -30,9 +49,7 @@ def add_saturation_note(
 ) -> None:
     """Tell by how much the candidate's outputs are off with the default kernels."""
     question = verdict.question
-    if not (is_cpu(provider) and processor.adds_pairs()):
-        return
-    if not any(int8_layers(question.candidate)):
+    if not (is_cpu(provider) and question.precise):
         return
     exact = question.spec(provider, "enable_all")
     kept = tuple(entry for entry in exact.options if entry != processor.PRECISE)

@@ -92,7 +92,10 @@ _UNPACKED = (("session.disable_prepacking", "1"),)
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of every check: which models, which rules, how they are run."""
+    """What is asked of every check: which models, which rules, how they are run.
+
+    `precise`: with exact int8 kernels on the CPU (see `onnxopt.validation.saturation`).
+    """
 
     reference: Path
     candidate: Path
@@ -104,6 +107,7 @@ class Question:
     memory_limit: int | None = None
     custom_op_libraries: tuple[str, ...] = ()
     seed: int = 0
+    precise: bool = False
     required: frozenset[str] = frozenset()
 
     @property
@@ -133,7 +137,8 @@ class Question:
         self, provider: str, level: Level
     ) -> tuple[tuple[str, str], ...]:
         unpacked = _UNPACKED if self._is_exact(provider, level) else ()
-        return (*unpacked, PRECISE) if is_cpu(provider) else unpacked
+        exact = self.precise and is_cpu(provider)
+        return (*unpacked, PRECISE) if exact else unpacked
 
     def is_required(self, provider: str) -> bool:
         """Whether nothing may run elsewhere; `required` holds full names."""

@@ -17,20 +17,16 @@ one QuantizeLinear of one scale.)
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
-import numpy as np
 from onnx import NodeProto
 
-from onnxopt import attributes
-from onnxopt.clamps import CLAMPS, Clamp, clamp_of
+from onnxopt.clamps import CLAMPS, clamp_of
 from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
 from onnxopt.linear import DeclinedError
 from onnxopt.manager import Context, Pass
-from onnxopt.quantization.linear import quantize
-from onnxopt.quantization.parameters import Parameters, parameters
+from onnxopt.quantization.implied import check_implied
 from onnxopt.report import Guarantee
 
 
@@ -49,7 +45,7 @@ class ImpliedClip(Pass):
                 continue
             try:
                 for quantizer in quantizers:
-                    _check(clamp, graph, quantizer)
+                    check_implied(clamp, graph, quantizer)
             except DeclinedError as declined:
                 graph.skip(node, str(declined))
                 continue
@@ -69,24 +65,3 @@ def _readers(graph: GraphView, name: str) -> list[NodeProto]:
         if graph.op(use.node) != "QuantizeLinear":
             return []
     return [use.node for use in uses]
-
-
-def _check(clamp: Clamp, graph: GraphView, quantizer: NodeProto) -> None:
-    """Raise DeclinedError where a code would be another without the clamp."""
-    made = parameters(graph, quantizer)
-    if attributes.get(quantizer, "precision", 0):
-        raise DeclinedError("the quantizer computes in a precision of its own")
-    low, high = made.limits
-    if not (math.isinf(clamp.low) or _is_code(clamp.low, made, low)):
-        raise DeclinedError(f"the code of {clamp.low:.9g} is not the least one")
-    if not (math.isinf(clamp.high) or _is_code(clamp.high, made, high)):
-        raise DeclinedError(f"the code of {clamp.high:.9g} is not the largest one")
-
-
-def _is_code(number: float, made: Parameters, code: int) -> bool:
-    """Whether `number` is quantized to `code` by every scale."""
-    scale, zero = made.scale.reshape(-1), made.zero_point.reshape(-1)
-    codes = quantize(np.full(scale.shape, number, np.float32), scale, zero, 0)
-    if codes is None:
-        raise DeclinedError("its codes are not of 8 bits, or not of float32")
-    return bool((codes == code).all())

@@ -14,7 +14,8 @@ QuantizeLinear reads it).
 2. For `tensorrt` each bias of codes becomes one of floats.
 3. `round-bias` rounds: every constant bias beside codes becomes int32 at s_x * s_w.
 4. Nothing is done where int32 would not hold the bias at that scale. ConvTranspose, which
-   has no integer kernel in ONNX Runtime, keeps its bias but for `tensorrt`.
+   has no integer kernel in ONNX Runtime, keeps its bias but for `tensorrt`. No bias
+   becomes one of floats below opset 11: ONNX Runtime would not load the model.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from onnxopt.quantization.parameters import (
     integer_weight,
     missing,
 )
-from onnxopt.quantization.product import LARGEST, product_scale
+from onnxopt.quantization.product import LARGEST, check_float_bias, product_scale
 from onnxopt.report import Guarantee
 from onnxopt.weights import Array
 
@@ -173,6 +174,7 @@ class _Bias(msgspec.Struct, frozen=True):
 
     def as_floats(self) -> Edit:
         """Let it be what DequantizeLinear computes."""
+        check_float_bias(self.graph, self.node)
         edit = Edit(self.graph, self.node)
         edit.set_input(self.node, 2, edit.add_weight(self.values, self.node.input[2]))
         return edit

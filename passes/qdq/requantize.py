@@ -7,7 +7,9 @@
 2. Every code comes back (`onnxopt.quantization.roundtrip`): always for 8 bits with
    float32 scales that do not overflow, which is tried none the less; for 16 bits, float16
    or bfloat16 scales, 4 bits and float8 it is tried on all of them, and can fail.
-3. So of Q, DQ, Q, DQ one pair stays. Other parameters change codes: both pairs stay.
+3. For `ort-cpu` on x86 not where codes of int8 would get several readers: ONNX Runtime
+   runs nothing on integers then.
+4. So of Q, DQ, Q, DQ one pair stays. Other parameters change codes: both pairs stay.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
 from onnxopt.linear import DeclinedError
 from onnxopt.manager import Context, Pass
-from onnxopt.quantization.parameters import parameters
+from onnxopt.quantization.parameters import is_int8_quantizer, parameters
 from onnxopt.quantization.roundtrip import RoundTrips
 from onnxopt.report import Guarantee
 
@@ -34,6 +36,7 @@ class Requantize(Pass):
     def run(self, graph: GraphView, context: Context) -> None:
         """Quantizer by quantizer."""
         trips = RoundTrips(context.evaluator)
+        is_x86 = context.target.name == "ort-cpu-x86"
         for node in graph.visit(self, ("QuantizeLinear",)):
             source = graph.producer(node.input[0])
             if source is None or graph.op(source) != "DequantizeLinear":
@@ -43,6 +46,9 @@ class Requantize(Pass):
                     continue
             except DeclinedError as declined:
                 graph.skip(node, str(declined))
+                continue
+            if is_x86 and _shares_int8(graph, source, node):
+                graph.skip(node, "its codes of int8 would get several readers")
                 continue
             edit = Edit(graph, node)
             edit.bypass(node, {node.output[0]: source.input[0]})
@@ -59,3 +65,13 @@ def _is_undone(
         return False
     trips.check(graph, first, second, made)
     return True
+
+
+def _shares_int8(graph: GraphView, source: NodeProto, node: NodeProto) -> bool:
+    """Whether int8 codes, which `source` alone reads, would go to several places."""
+    if not is_int8_quantizer(graph, node):
+        return False
+    if graph.only_use(source.input[0]) is None:
+        return False
+    stays = graph.only_use(source.output[0]) is None
+    return stays or graph.only_use(node.output[0]) is None

@@ -14,6 +14,8 @@
 4. Computed in float64 and rounded once to the weight's dtype.
 5. Of a weight that DequantizeLinear makes of codes, f scales the scales, and turns the
    codes where it is negative (`onnxopt.quantization.scaling` says how, and when not).
+   For `ort-cpu` not where a layer leaves integer arithmetic for it
+   (`onnxopt.quantization.integer_sums`).
 
 Source: Jacob et al., Quantization and Training of Neural Networks, section 3.2
 (https://arxiv.org/abs/1712.05877); the ONNX operator's formula.
@@ -32,6 +34,7 @@ from onnxopt.graph import GraphView
 from onnxopt.layer import Layer
 from onnxopt.linear import LAYERS, DeclinedError, Floats, floats
 from onnxopt.manager import Context, Pass
+from onnxopt.quantization.integer_sums import check_stays_integer
 from onnxopt.report import Guarantee
 from onnxopt.target import Target
 
@@ -76,6 +79,7 @@ def _folded_before(
         raise DeclinedError("the layer before it has other readers")
     if layer.rank != 2 and before.op_type == "MatMul":
         raise DeclinedError("the MatMul before it is not of rank 2")
+    check_stays_integer(graph, before, norm, target)
     edit = Edit(graph, norm)
     factor, shift = _scale_and_shift(graph, norm)
     layer.scale_outputs(edit, factor, shift, may_move_zero=target.zero_points)

@@ -12,6 +12,8 @@
 4. Computed in float64 and rounded once to the weight's dtype. Of a weight that
    DequantizeLinear makes of codes, the scales are scaled, and codes turn where a factor
    is negative (`onnxopt.quantization.scaling` says how, and when not).
+5. For `ort-cpu` not where a layer leaves integer arithmetic for it
+   (`onnxopt.quantization.integer_sums`).
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from onnxopt.graph import GraphView
 from onnxopt.layer import Layer
 from onnxopt.linear import DeclinedError, Floats, per_channel
 from onnxopt.manager import Context, Pass
+from onnxopt.quantization.integer_sums import check_stays_integer
 from onnxopt.report import Guarantee
 from onnxopt.target import Target
 
@@ -63,6 +66,7 @@ def _folded_before(graph: GraphView, scale: Affine, target: Target) -> Edit | No
     if factor is None or shift is None:
         return None
     _check_finite(factor, shift)
+    check_stays_integer(graph, layer.node, scale.node, target)
     edit = Edit(graph, scale.node, max_growth=0)
     layer.scale_outputs(edit, factor, shift, may_move_zero=target.zero_points)
     edit.bypass(scale.node, {scale.node.output[0]: layer.node.output[0]})

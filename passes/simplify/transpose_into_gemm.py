@@ -6,6 +6,8 @@
 1. Either factor of a Gemm, or of a MatMul of rank 2 (which becomes a Gemm), from opset 11
    on: before, a Gemm has to add something.
 2. Only Gemms, and MatMuls of that kind, read what is transposed, so that it goes.
+3. Not a weight of codes that nothing else reads: `move-qdq` transposes these in the file,
+   and ONNX Runtime runs a Gemm on integer weights alone only where it transposes none.
 """
 
 from __future__ import annotations
@@ -58,7 +60,20 @@ def _transposed(graph: GraphView, name: str) -> str | None:
     if graph.is_pinned(name) or any(use.view is not graph for use in uses):
         return None
     is_factor = all(use.index < 2 and _is_gemm(graph, use.node) for use in uses)
-    return node.input[0] if is_factor else None
+    return node.input[0] if is_factor and not _is_of_codes(graph, node) else None
+
+
+def _is_of_codes(graph: GraphView, node: NodeProto) -> bool:
+    """Whether `node` alone reads, dequantized, codes that are constant or become so."""
+    name = node.input[0]
+    for op in ("DequantizeLinear", "QuantizeLinear"):
+        maker = graph.producer(name)
+        if maker is None or graph.op(maker) != op or graph.only_use(name) is None:
+            return False
+        name = maker.input[0]
+        if graph.weight(name) is not None:
+            return op != "DequantizeLinear" or graph.only_use_everywhere(name) is not None
+    return False
 
 
 def _is_gemm(graph: GraphView, node: NodeProto) -> bool:
