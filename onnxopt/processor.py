@@ -16,6 +16,11 @@ def is_arm() -> bool:
     return platform.machine().lower() in ("aarch64", "arm64")
 
 
+def is_x86() -> bool:
+    """Whether it is a 64-bit x86."""
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
 @functools.cache
 def adds_pairs() -> bool:
     """Whether kernels of uint8 by int8 add two products in 16 bits, which saturates.

@@ -16,6 +16,8 @@ class Target(msgspec.Struct, frozen=True):
     zero point 0 where `symmetric`. `zero_points`: its integer kernels take weights whose
     zero points are not 0; `float_bias`: they want biases of floats; `adds_pairs`: they
     add two products of uint8 and int8 in 16 bits, and with 8-bit weights saturate.
+    `keeps_int8_pairs`: codes of int8 activations are to stay between one QuantizeLinear
+    and one DequantizeLinear (`quantization.parameters.is_int8_quantizer` says why).
     """
 
     name: str
@@ -26,6 +28,7 @@ class Target(msgspec.Struct, frozen=True):
     zero_points: bool = False
     float_bias: bool = False
     adds_pairs: bool = False
+    keeps_int8_pairs: bool = True
 
 
 _ORT = frozenset({"", "com.microsoft"})
@@ -34,7 +37,13 @@ TARGETS = {
     for target in (
         Target("onnx"),
         Target("ort-cpu-x86", _ORT, zero_points=True),
-        Target("ort-cpu-arm", _ORT, activation="int8", zero_points=True),
+        Target(
+            "ort-cpu-arm",
+            _ORT,
+            activation="int8",
+            zero_points=True,
+            keeps_int8_pairs=False,
+        ),
         Target("ort-cuda", _ORT, activation=None),
         Target("tensorrt", activation="int8", symmetric=True, float_bias=True),
     )

@@ -9,7 +9,6 @@ not (its blocked NCHWc layout), the name of the layer's value leads to the node.
 from __future__ import annotations
 
 import os
-import platform
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -198,7 +197,7 @@ def _layer(provider: str, site: Site, nodes: Sequence[NodeProto]) -> LayerKernel
         runs=runs,
         fusable=fusable,
         reason=reason,
-        notes=list(worth_knowing(site, platform.machine())) if runs != "float" else [],
+        notes=list(worth_knowing(site)) if runs != "float" else [],
     )
 
 

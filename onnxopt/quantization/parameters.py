@@ -151,6 +151,30 @@ def parameters(graph: GraphView, node: NodeProto) -> Parameters:
     return _checked(node, scale, _zero_point(graph, node, scale))
 
 
+def are_alike(graph: GraphView, one: NodeProto, other: NodeProto) -> bool:
+    """Whether two nodes of one operator make the same of the same value.
+
+    False where their parameters are not known.
+    """
+    if _settings_of(one) != _settings_of(other):
+        return False
+    shape = graph.shape(one.input[0])
+    rank = None if shape is None else len(shape)
+    try:
+        return parameters(graph, one).equals(parameters(graph, other), rank)
+    except DeclinedError:
+        return False
+
+
+def _settings_of(node: NodeProto) -> list[bytes]:
+    """Its attributes but for the axis, whose numbers from either end are the same."""
+    return sorted(
+        item.SerializeToString(deterministic=True)
+        for item in node.attribute
+        if item.name != "axis"
+    )
+
+
 def _checked(node: NodeProto, scale: Array, zero: Array) -> Parameters:
     if scale.size == 1 and scale.ndim <= 1 and scale.shape != zero.shape:
         scale, zero = scale.reshape(()), zero.reshape(())

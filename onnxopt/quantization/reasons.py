@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from onnx import NodeProto, TensorProto
 
-from onnxopt import attributes
+from onnxopt import attributes, processor
 from onnxopt.graph import GraphView
 from onnxopt.linear import DeclinedError
 from onnxopt.quantization.layers import Site, dequantizer, dtype_name, is_eight_bits
@@ -89,7 +89,7 @@ def lacks_output(site: Site) -> bool:
     return _bad_output(site) is not None
 
 
-def worth_knowing(site: Site, machine: str) -> Iterator[str]:
+def worth_knowing(site: Site) -> Iterator[str]:
     """What is wrong or slow about a layer that runs in integers."""
     layer = site.layer
     if layer.op in ("Conv", "Gemm") and _off_axis(site) is not None:
@@ -104,8 +104,8 @@ def worth_knowing(site: Site, machine: str) -> Iterator[str]:
         )
     if layer.activation.granularity == "per-channel":
         yield "FAILS: the kernel takes no scale per channel for activations"
-    is_x86 = machine.lower() in ("x86_64", "amd64")
-    if is_x86 and layer.activation.mode == "static" and layer.activation.dtype == "int8":
+    is_int8 = layer.activation.mode == "static" and layer.activation.dtype == "int8"
+    if is_int8 and processor.is_x86():
         yield "int8 activations are slower than uint8 on x86"
     weight = layer.weight
     if weight is None or layer.activation.mode == "none":

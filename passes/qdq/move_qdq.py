@@ -50,19 +50,14 @@ from onnxopt.quantization.carriers import (
     reshapes,
     takes,
 )
-from onnxopt.quantization.parameters import Parameters, parameters
+from onnxopt.quantization.parameters import Parameters, are_alike, parameters
+from onnxopt.quantization.reasons import STATIC_KERNELS
 from onnxopt.quantization.roundtrip import RoundTrips
 from onnxopt.report import Guarantee
 from onnxopt.weights import Array
 
 MAX_GROWTH = 256
 """Bytes that a transposed weight may add: names and shapes, no second weight."""
-
-_FUSED = (
-    "Add AveragePool Conv Gemm GlobalAveragePool LeakyRelu MatMul Mul Sigmoid Softmax"
-)
-FUSED = frozenset(_FUSED.split())
-"""What ONNX Runtime's CPU provider fuses with DequantizeLinear and QuantizeLinear."""
 
 
 class MoveQdq(Pass):
@@ -194,7 +189,9 @@ class _Work(msgspec.Struct):
             return False
         return any(
             self.graph.holds(reader)
-            and (self.graph.op(reader) in FUSED or is_carrier(self.graph, reader))
+            and (
+                self.graph.op(reader) in STATIC_KERNELS or is_carrier(self.graph, reader)
+            )
             for reader in readers
         )
 
@@ -204,7 +201,7 @@ class _Work(msgspec.Struct):
         On x86 ONNX Runtime runs int8 activations as uint8, which it makes of a
         QuantizeLinear with a DequantizeLinear right behind it: apart, nothing fuses.
         """
-        if self.context.target.name == "ort-cpu-arm":
+        if not self.context.target.keeps_int8_pairs:
             return False
         return parameters(self.graph, node).data_type == TensorProto.INT8
 
@@ -235,7 +232,7 @@ class _Work(msgspec.Struct):
         if not made.is_per_tensor or not takes(graph, node, made.data_type):
             return False
         for other in quantizers.values():
-            if other is None or not _are_alike(graph, last, other):
+            if other is None or not are_alike(graph, last, other):
                 return False
         how = carried(graph, node, made)
         edit = Edit(graph, node)
@@ -263,8 +260,8 @@ class _Work(msgspec.Struct):
     def _leads_to_fused(self, node: NodeProto) -> bool:
         """Whether data come from what fuses with a quantizer, others from one."""
         ends = list(self._ends(node))
-        return FUSED.issuperset(set(ends) - {"DequantizeLinear"}) and not (
-            FUSED.isdisjoint(ends)
+        return STATIC_KERNELS.issuperset(set(ends) - {"DequantizeLinear"}) and not (
+            STATIC_KERNELS.isdisjoint(ends)
         )
 
     def _ends(self, node: NodeProto) -> Iterator[str]:
@@ -308,13 +305,3 @@ def _set_constants(edit: Edit, node: NodeProto, how: Carried) -> None:
     for slot, value in how.constants.items():
         hint = f"{node.output[0]}_zero_point"
         edit.set_input(node, slot, edit.add_weight(value, hint))
-
-
-def _are_alike(graph: GraphView, one: NodeProto, other: NodeProto) -> bool:
-    """Whether two quantizers make the same codes of the same values."""
-    settings = [
-        sorted(item.SerializeToString(deterministic=True) for item in node.attribute)
-        for node in (one, other)
-    ]
-    same = settings[0] == settings[1]
-    return same and parameters(graph, one).equals(parameters(graph, other))

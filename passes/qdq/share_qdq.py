@@ -17,12 +17,10 @@ from typing import ClassVar
 
 from onnx import NodeProto
 
-from onnxopt import attributes
 from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
-from onnxopt.linear import DeclinedError
 from onnxopt.manager import Context, Pass
-from onnxopt.quantization.parameters import LINEAR, is_int8_quantizer, parameters
+from onnxopt.quantization.parameters import LINEAR, are_alike, is_int8_quantizer
 from onnxopt.report import Guarantee
 
 
@@ -34,9 +32,8 @@ class ShareQdq(Pass):
 
     def run(self, graph: GraphView, context: Context) -> None:
         """Node by node, with those that read the same value."""
-        arm = context.target.name == "ort-cpu-arm"
         for node in graph.visit(self, LINEAR):
-            if not arm and is_int8_quantizer(graph, node):
+            if context.target.keeps_int8_pairs and is_int8_quantizer(graph, node):
                 continue
             for twin in _twins(graph, node):
                 ahead = graph.precedes(node, twin)
@@ -58,24 +55,5 @@ def _twins(graph: GraphView, node: NodeProto) -> list[NodeProto]:
     return [
         other
         for other in others
-        if graph.op(other) == graph.op(node) and _are_alike(graph, node, other)
+        if graph.op(other) == graph.op(node) and are_alike(graph, node, other)
     ]
-
-
-def _are_alike(graph: GraphView, one: NodeProto, other: NodeProto) -> bool:
-    settings = [
-        sorted(
-            item.SerializeToString(deterministic=True)
-            for item in node.attribute
-            if item.name != "axis"
-        )
-        for node in (one, other)
-    ]
-    if settings[0] != settings[1] or attributes.has_references(other):
-        return False
-    shape = graph.shape(one.input[0])
-    rank = None if shape is None else len(shape)
-    try:
-        return parameters(graph, one).equals(parameters(graph, other), rank)
-    except DeclinedError:
-        return False
