@@ -65,11 +65,7 @@ class Weight(msgspec.Struct, frozen=True, eq=False):
 
     def values(self) -> Array:
         """What DequantizeLinear makes of them."""
-        scale = self.layout.scale
-        if self.codes.dtype.kind in "iu" or _is_integer(self.codes.dtype):
-            shifted = self.codes.astype(np.int32) - self.zero_point.astype(np.int32)
-            return np.asarray(shifted.astype(scale.dtype) * scale)
-        return np.asarray(self.codes.astype(scale.dtype) * scale)
+        return self.parameters().dequantized(self.codes)
 
     def write(self, edit: Edit) -> None:
         """Let DequantizeLinear make the outputs of the edit's own node of them."""
