@@ -34,10 +34,6 @@ _LARGEST = float(np.finfo(np.float32).max)
 _COMMUTATIVE = frozenset({"Add", "Mul", "Max", "Min"})
 
 
-class Declined(Exception):  # noqa: N818 - says "not here", and the text is the reason
-    """A rewrite does not apply to what matched."""
-
-
 Check = Callable[[GraphView, NodeProto, "Match"], str | None]
 """What else an operator must satisfy: None, or the reason why it does not."""
 
