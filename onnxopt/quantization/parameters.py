@@ -25,8 +25,8 @@ LINEAR = ("QuantizeLinear", "DequantizeLinear")
 
 _FOUR_BITS = (TensorProto.INT4, TensorProto.UINT4)
 _TWO_BITS = (TensorProto.INT2, TensorProto.UINT2)
-_SIXTEEN_BITS = (TensorProto.INT16, TensorProto.UINT16)
-_EIGHT_BITS = (TensorProto.INT8, TensorProto.UINT8)
+SIXTEEN_BITS = frozenset({TensorProto.INT16, TensorProto.UINT16})
+EIGHT_BITS = frozenset({TensorProto.INT8, TensorProto.UINT8})
 _FLOAT8 = (
     TensorProto.FLOAT8E4M3FN,
     TensorProto.FLOAT8E4M3FNUZ,
@@ -35,10 +35,10 @@ _FLOAT8 = (
 )
 _FLOAT_CODES = (*_FLOAT8, TensorProto.FLOAT4E2M1)
 _SINCE: dict[int, int] = {
-    **dict.fromkeys(_EIGHT_BITS, 10),
+    **dict.fromkeys(EIGHT_BITS, 10),
     TensorProto.INT32: 10,
     **dict.fromkeys(_FLOAT8, 19),
-    **dict.fromkeys((*_FOUR_BITS, *_SIXTEEN_BITS), 21),
+    **dict.fromkeys((*_FOUR_BITS, *SIXTEEN_BITS), 21),
     TensorProto.FLOAT4E2M1: 23,
     **dict.fromkeys(_TWO_BITS, 25),
 }
