@@ -25,7 +25,7 @@ from onnxopt.data.inputs import Feed
 from onnxopt.linear import FLOATS
 from onnxopt.model import Model
 from onnxopt.save import stage
-from onnxopt.validation.written import rounding
+from onnxopt.validation.single_steps import rounding
 from onnxopt.weights import tensor_bytes, tensors
 
 # Above this, models are not copied to move their weights; their inputs still are.
