@@ -10,14 +10,12 @@ from __future__ import annotations
 import math
 
 import msgspec
-import numpy as np
 from onnx import NodeProto, TensorProto
 
 from onnxopt.graph import GraphView
 from onnxopt.operands import clip_bounds
-from onnxopt.pattern import Constant, Match, Op, Value, match
+from onnxopt.pattern import LARGEST, Constant, Match, Op, Value, match
 
-LARGEST = float(np.finfo(np.float32).max)
 CLAMPS = ("Relu", "Clip", "Max", "Min")
 
 

@@ -29,8 +29,8 @@ from onnxopt.linear import (
 )
 from onnxopt.quantization.coded_weight import CodedWeight, dequantized_constant
 from onnxopt.quantization.product import (
+    INT32_LARGEST,
     INVISIBLE,
-    LARGEST,
     check_float_bias,
     dequantized_peak,
     product_scale,
@@ -252,7 +252,7 @@ class Layer(msgspec.Struct, frozen=True):
             return factor
         with np.errstate(all="ignore"):
             steps = np.abs(step * np.where(factor == 0, 1, factor))
-            over = np.abs(bias) >= steps * LARGEST
+            over = np.abs(bias) >= steps * INT32_LARGEST
         if not over.any():
             return factor
         peak = self._largest_product(weight) * np.abs(factor)

@@ -25,6 +25,7 @@ FLOATS: dict[int, str] = {
     TensorProto.BFLOAT16: "bfloat16",
     TensorProto.DOUBLE: "float64",
 }
+"""The types that are computed in, and how NumPy names them."""
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 

@@ -30,12 +30,8 @@ from onnxopt.graph import GraphView
 RELATIVE = 1e-6
 """How near a constant must be: several roundings of float32, and no shortened digits."""
 
-_LARGEST = float(np.finfo(np.float32).max)
+LARGEST = float(np.finfo(np.float32).max)
 _COMMUTATIVE = frozenset({"Add", "Mul", "Max", "Min"})
-
-
-class Declined(Exception):  # noqa: N818 - says "not here", and the text is the reason
-    """A rewrite does not apply to what matched."""
 
 
 Check = Callable[[GraphView, NodeProto, "Match"], str | None]
@@ -220,7 +216,7 @@ class Match:
         if len(names) != len(pattern.factors):
             return self._fail(f"{value!r} is not a product of {len(pattern.factors)}")
         if pattern.number is None:
-            if not abs(number) <= _LARGEST:
+            if not abs(number) <= LARGEST:
                 return self._fail(f"the factor of {value!r} is {number:.9g}")
             self._numbers[pattern.name] = number
         elif not is_near(number, pattern.number):

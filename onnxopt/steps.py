@@ -7,10 +7,11 @@ keep. What a custom operator, a local function or a Loop does is not looked into
 
 from __future__ import annotations
 
-from onnx import NodeProto, TensorProto
+from onnx import NodeProto
 
 from onnxopt import attributes
 from onnxopt.graph import GraphView
+from onnxopt.linear import FLOATS
 
 _STEPS = frozenset(
     {
@@ -90,12 +91,6 @@ _PASSING = frozenset(
         "Where",
     }
 )
-_FLOATS = (
-    TensorProto.FLOAT,
-    TensorProto.DOUBLE,
-    TensorProto.FLOAT16,
-    TensorProto.BFLOAT16,
-)
 MOST = 24
 """Readers that are looked at; where there are more, one of them may be a step."""
 
@@ -128,7 +123,7 @@ def _outer(view: GraphView) -> list[tuple[GraphView, str]]:
 def _is_step(graph: GraphView, node: NodeProto) -> bool:
     op = graph.op(node)
     if op == "Cast":
-        return attributes.get(node, "to") not in _FLOATS
+        return attributes.get(node, "to") not in FLOATS
     return op in _STEPS or "::" in op or bool(graph.children_of(node))
 
 

@@ -276,8 +276,9 @@ def test_granularity(scale: Any, axis: str, expected: str) -> None:
 
 
 def test_weights_of_quantized_operators() -> None:
-    text = """g (uint8[n,4] a, float[n,32] x) => (uint8[n] y, float[n] b) {
+    text = """g (uint8[n,4] a, float[n,32] x) => (uint8[n] y, float[n] b, float[n] d) {
         y = QLinearMatMul(a, s, z, W, s, z, s, z)
+        d = com.microsoft.DynamicQuantizeMatMul (x, D, s, z)
         b = com.microsoft.MatMulNBits
             <K = 32, N = 8, bits = 4, block_size = 16>(x, B, c) }"""
     found = look(
@@ -286,11 +287,13 @@ def test_weights_of_quantized_operators() -> None:
         s=np.array(1, np.float32),
         z=np.array(0, np.uint8),
         B=np.ones((8, 2, 8), np.uint8),
+        D=np.ones((32, 8), np.uint8),
         c=np.ones(16, np.float32),
     )
     weights = {weight.name: weight for weight in found.quantization.weights}
     assert weights["W"].granularity == "per-tensor"
     assert weights["B"].granularity == "blocked"
+    assert weights["D"].granularity == "per-tensor"
     assert {weight.state for weight in weights.values()} == {"integer"}
     assert "com.microsoft::MatMulNBits" in found.quantization.operators
 

@@ -19,7 +19,7 @@ from onnxopt.linear import DeclinedError
 from onnxopt.manager import Context
 from onnxopt.model import Model
 from onnxopt.quantization.parameters import Parameters
-from onnxopt.quantization.scaling import scaled, spread
+from onnxopt.quantization.scaling import scaled
 from onnxopt.target import target
 from tests import support
 from tests.quantized_layers import KINDS, Kind, Maker, feeds, layer_of, maker_of, tensor
@@ -267,6 +267,42 @@ def test_before_a_layer() -> None:
             assert skip.reason == "its scales do not run along the axis of the factors"
 
 
+def float8(made: Maker, name: str, dims: tuple[int, ...]) -> str:
+    """A constant of codes that are floats, of which few are whole numbers."""
+    codes = np.random.default_rng(5).standard_normal(dims).astype(ml_dtypes.float8_e4m3fn)
+    return made.dequantized(name, codes, np.array(0.5, np.float32), codes.dtype.type(0))
+
+
+@pytest.mark.parametrize("is_weight", [True, False])
+def test_codes_that_are_floats(is_weight: bool) -> None:
+    """A bias of them is scaled, and a weight of them answers to a shift, as they are."""
+    made = Maker(19)
+    kind = KINDS["gemm"]
+    count = kind.weight[0] if is_weight else kind.outputs
+    names = [
+        made.constant("gamma", np.full(count, 1 if is_weight else 2, np.float32)),
+        made.constant("beta", SHIFTS[:count].astype(np.float32)),
+        made.constant("mean", np.zeros(count, np.float32)),
+        made.constant("var", np.ones(count, np.float32)),
+    ]
+    if is_weight:
+        made.node("BatchNormalization", ["x", *names], "n", epsilon=0.0)
+        made.node("Gemm", ["n", float8(made, "w", kind.weight)], "y")
+    else:
+        numbers = np.random.default_rng(6).standard_normal(kind.weight)
+        weight = made.constant("w", numbers.astype(np.float32))
+        bias = float8(made, "b", (kind.outputs,))
+        made.node("Gemm", ["x", weight, bias], "t")
+        made.node("BatchNormalization", ["t", *names], "y")
+    proto = made.model(kind.given, ["y"])
+    model = folded(proto)
+    assert support.op_types(model)[-1] == "Gemm"
+    for feed in feeds(kind.given):
+        expected = support.run(proto, feed)
+        found = support.run(support.final(model), feed)
+        support.assert_same(expected, found, "equivalent")
+
+
 @pytest.mark.parametrize("transposed", [0, 1])
 def test_blocks(transposed: int) -> None:
     """Blocks of int4 along the inputs: each scale of an output is scaled."""
@@ -512,10 +548,8 @@ def test_any_weight(case: tuple[Parameters, Array, Array], may_move: bool) -> No
     assert made.zero_point.dtype == codes.dtype
 
     def values(p: Parameters, q: Array) -> Array:
-        zero = spread(p, p.zero_point.astype(np.int64), q.shape)
-        return (q.astype(np.int64) - zero) * spread(
-            p, p.scale.astype(np.float64), q.shape
-        )
+        zero = p.spread(p.zero_point.astype(np.int64), q.shape)
+        return (q.astype(np.int64) - zero) * p.spread(p.scale.astype(np.float64), q.shape)
 
     np.testing.assert_allclose(
         values(made, new), values(given_, codes) * factor, rtol=1e-7, atol=0

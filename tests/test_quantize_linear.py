@@ -13,7 +13,7 @@ from onnx.helper import make_node, make_tensor_value_info, np_dtype_to_tensor_dt
 from onnx.numpy_helper import to_array
 
 from onnxopt.manager import Context
-from onnxopt.quantization.linear import quantize
+from onnxopt.quantization.quantize_linear import quantize
 from tests import support
 from tests.support import Array
 

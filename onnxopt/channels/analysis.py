@@ -20,6 +20,7 @@ from onnxopt.channels.demand import NOTHING, Demand, merge
 from onnxopt.channels.facts import MAX_ELEMENTS, Fact, Kind, computed, fact, known
 from onnxopt.evaluate import EvaluationError, Evaluator, constant_model
 from onnxopt.graph import GraphView, Shape
+from onnxopt.linear import FLOATS
 from onnxopt.weights import Array, elements
 
 if TYPE_CHECKING:
@@ -41,13 +42,6 @@ MAX_COMPUTED = 1 << 26
 """Constants with more elements are not computed."""
 KEPT_BYTES = 1 << 20
 """Computed constants of at most this size are kept while the analysis lives."""
-
-FLOATS = {
-    TensorProto.FLOAT,
-    TensorProto.FLOAT16,
-    TensorProto.BFLOAT16,
-    TensorProto.DOUBLE,
-}
 
 
 class Analysis:

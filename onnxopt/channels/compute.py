@@ -10,7 +10,7 @@ from onnx import ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
 
 from onnxopt import attributes
 from onnxopt.evaluate import EvaluationError, Evaluator
-from onnxopt.quantization.linear import quantize
+from onnxopt.quantization.quantize_linear import quantize
 from onnxopt.weights import Array
 
 Inputs = Sequence[Array | None]

@@ -8,18 +8,11 @@ from onnx import NodeProto, TensorProto
 
 from onnxopt import attributes
 from onnxopt.graph import GraphView
+from onnxopt.linear import LAYERS
+from onnxopt.quantization.layers import FLOAT_LAYERS, INTEGER_LAYERS
 
-_WEIGHT_SLOT = {
-    # operator: input slot of the weight, and of its zero point (None: it has none)
-    "Conv": (1, None),
-    "ConvTranspose": (1, None),
-    "Gemm": (1, None),
-    "MatMul": (1, None),
-    "ConvInteger": (1, 3),
-    "MatMulInteger": (1, 3),
-    "QLinearConv": (3, 5),
-    "QLinearMatMul": (3, 5),
-}
+_LAYERS = (*LAYERS, "ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul")
+_SLOTS = {**FLOAT_LAYERS, **INTEGER_LAYERS}
 _DEPTH = 32
 
 
@@ -44,16 +37,18 @@ class Layer(NamedTuple):
 
 def layer(view: GraphView, node: NodeProto) -> Layer | None:
     """The layer that `node` is; None where it is none, or its weight is not constant."""
-    slots = _WEIGHT_SLOT.get(view.op(node))
-    if slots is None or len(node.input) <= slots[0]:
+    op = view.op(node)
+    if op not in _LAYERS:
         return None
-    slot, zero_slot = slots
+    slot, zero_slot = _SLOTS[op].weights[0], _SLOTS[op].zero_point
+    if len(node.input) <= slot:
+        return None
     zero = node.input[zero_slot] if zero_slot and len(node.input) > zero_slot else None
     found = _trace(view, node.input[slot], zero or None)
     if found is None:
         return None
     rank = len(found.tensor.dims)
-    outputs, inputs = _channel_axes(view.op(node), node, rank)
+    outputs, inputs = _channel_axes(op, node, rank)
     return Layer(
         reader=view,
         node=node,

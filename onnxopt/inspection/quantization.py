@@ -7,6 +7,7 @@ computes as int8 and takes the room of float. One stored in integers is *integer
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
@@ -16,28 +17,22 @@ from onnxopt.graph import GraphView
 from onnxopt.model import Model
 from onnxopt.quantization.kernels import Kernels
 from onnxopt.quantization.layers import (
+    INTEGER_LAYERS,
     Granularity,
+    Slots,
     Source,
     constant_source,
     dtype_name,
     granularity,
 )
+from onnxopt.quantization.parameters import LINEAR
 from onnxopt.weights import tensor_bytes
 
 State = Literal["integer", "fake"]
 
-_LINEAR = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
-_MICROSOFT = ("MatMulNBits", "GatherBlockQuantized", "QAttention", "QGemm", "QMoE")
-# operator: the input slots of its integer weight and of that weight's scale
-_INTEGER_WEIGHT = {
-    "DequantizeLinear": (0, 1),
-    "QLinearConv": (3, 4),
-    "QLinearMatMul": (3, 4),
-    "ConvInteger": (1, None),
-    "MatMulInteger": (1, None),
-    "com.microsoft::MatMulNBits": (1, 2),
-    "com.microsoft::QGemm": (3, 4),
-}
+_OTHERS = ("DynamicQuantizeLinear", "QMoE")
+_READERS = {**INTEGER_LAYERS, "DequantizeLinear": Slots((), (0,), scale=1)}
+"""Operators that read integer weights, and where."""
 
 
 class QuantizedWeight(msgspec.Struct, frozen=True):
@@ -75,45 +70,42 @@ def quantization(model: Model) -> Quantization:
             op = view.op(node)
             if _is_quantizing(op):
                 operators[op] += 1
-            found = _weight_of(view, node, op)
-            if found is None:
-                activations += op == "QuantizeLinear"
-                continue
-            source, state, grain = found
-            key = (id(source.view), source.name, state)
-            if key not in weights:  # a shared one counts once
-                weights[key] = _describe(view, node, source, state, grain)
+            found = list(_weights_of(view, node, op))
+            activations += op == "QuantizeLinear" and not found
+            for source, state, grain in found:
+                key = (id(source.view), source.name, state)
+                if key not in weights:  # a shared one counts once
+                    weights[key] = _describe(view, node, source, state, grain)
     return Quantization(dict(sorted(operators.items())), activations, [*weights.values()])
 
 
 def _is_quantizing(op: str) -> bool:
     name = op.rpartition("::")[2]
-    known = name in _LINEAR or name in _MICROSOFT or name.startswith("QLinear")
-    return known or name in ("ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul")
+    known = op in INTEGER_LAYERS or name in (*LINEAR, *_OTHERS)
+    return known or name.startswith("QLinear")
 
 
-def _weight_of(
+def _weights_of(
     view: GraphView, node: NodeProto, op: str
-) -> tuple[Source, State, Granularity] | None:
-    """The quantized weight that `node` reads, None where it reads none."""
+) -> Iterator[tuple[Source, State, Granularity]]:
+    """The quantized weights that `node` reads."""
     if op == "QuantizeLinear":
         source = constant_source(view, node.input[0])
-        if source is None:
-            return None
-        return source, "fake", granularity(view, node, node.input[1])
-    slots = _INTEGER_WEIGHT.get(op)
-    if slots is None or len(node.input) <= slots[0]:
-        return None
-    name, scale = node.input[slots[0]], slots[1]
-    tensor, home = view.weight(name), view.home(name)
-    if tensor is None or home is None:
-        return None
+        if source is not None:
+            yield source, "fake", granularity(view, node, node.input[1])
+    slots = _READERS.get(op)
+    if slots is None:
+        return
+    scale = slots.scale
     grain: Granularity = "unknown"
-    if op.endswith("NBits"):
+    if op.endswith(("NBits", "BlockQuantized")):
         grain = "blocked"
-    elif scale is not None:
+    elif scale is not None and scale < len(node.input):
         grain = granularity(view, node, node.input[scale])
-    return Source(home, name, tensor), "integer", grain
+    for name in (node.input[slot] for slot in slots.weights if slot < len(node.input)):
+        tensor, home = view.weight(name), view.home(name)
+        if tensor is not None and home is not None:
+            yield Source(home, name, tensor), "integer", grain
 
 
 def _describe(

@@ -12,16 +12,13 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
-from onnx import NodeProto, TensorProto
+from onnx import NodeProto
 
 from onnxopt import attributes, axes
 from onnxopt.graph import GraphView
 from onnxopt.linear import DeclinedError
-from onnxopt.quantization.parameters import Parameters
+from onnxopt.quantization.parameters import EIGHT_BITS, SIXTEEN_BITS, Parameters
 from onnxopt.weights import Array
-
-EIGHT_BITS = frozenset({TensorProto.INT8, TensorProto.UINT8})
-SIXTEEN_BITS = frozenset({TensorProto.INT16, TensorProto.UINT16})
 
 
 class Carried(msgspec.Struct, frozen=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -21,7 +20,7 @@ from onnxopt.quantization.parameters import (
     integer_weight,
     missing,
 )
-from onnxopt.quantization.scaling import scaled, spread
+from onnxopt.quantization.scaling import scaled
 from onnxopt.weights import Array
 
 
@@ -58,7 +57,7 @@ class CodedWeight(msgspec.Struct, frozen=True):
 
     def values(self) -> Array:
         """Its values, as DequantizeLinear computes them."""
-        return _values(self.graph, self.coded)
+        return self.coded.parameters.dequantized(self._codes())
 
     def scale(
         self, edit: Edit, factor: Floats, layout: Layout, *, may_move_zero: bool
@@ -139,14 +138,5 @@ class CodedWeight(msgspec.Struct, frozen=True):
 
 def dequantized_constant(graph: GraphView, name: str) -> Array:
     """The constant called `name`, made by DequantizeLinear; raises DeclinedError."""
-    return _values(graph, integer_weight(graph, name))
-
-
-def _values(graph: GraphView, coded: IntegerWeight) -> Array:
-    codes, made = graph.model.weights.array(coded.codes), coded.parameters
-    if not made.is_blocked:
-        return made.dequantized(codes)
-    scale: npt.NDArray[Any] = spread(made, made.scale, codes.shape)
-    zero = spread(made, made.zero_point.astype(np.int64), codes.shape)
-    whole = (codes.astype(np.int64) - zero).astype(made.scale.dtype)
-    return np.asarray(whole * scale)
+    coded = integer_weight(graph, name)
+    return coded.parameters.dequantized(graph.model.weights.array(coded.codes))

@@ -1,8 +1,8 @@
 """Integer codes for weights that are whole numbers times scales.
 
-`layout` says how scales lie over a weight, `coded` finds the type and the zero points of
-its codes, `moved` carries out on them what only moves elements behind, and
-`Weight.write` puts DequantizeLinear there.
+`layout_of` says how scales lie over a weight, `coded` finds the type and the zero points
+of its codes, `moved` carries out on them what only moves elements behind, and
+`Codes.write` puts DequantizeLinear there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from onnxopt.quantization.written_out import MOVES
 from onnxopt.weights import Array, tensor_bytes
 
 
-class Layout(msgspec.Struct, frozen=True, eq=False):
+class Scales(msgspec.Struct, frozen=True, eq=False):
     """How scales lie over a weight: none of axis and block is one scale for all."""
 
     scale: Array
@@ -33,7 +33,7 @@ class Layout(msgspec.Struct, frozen=True, eq=False):
     is_blocked: bool = False
 
 
-def layout_of(whole: Array, scale: Array) -> Layout:
+def layout_of(whole: Array, scale: Array) -> Scales:
     """How `scale` lies over `whole`; raises DeclinedError where in no way of ours."""
     if scale.ndim > whole.ndim:
         if any(dim != 1 for dim in scale.shape[: scale.ndim - whole.ndim]):
@@ -47,29 +47,25 @@ def layout_of(whole: Array, scale: Array) -> Layout:
     along = [axis for axis, (ours, _) in enumerate(pairs) if ours != 1]
     across = [axis for axis, (ours, theirs) in enumerate(pairs) if ours != theirs]
     if len(along) < 2:
-        return Layout(wide, along[0] if along else None)
+        return Scales(wide, along[0] if along else None)
     if not across:
         raise DeclinedError("it has a scale for each element")
     if len(across) > 1:
         raise DeclinedError("its scale varies along several axes")
-    return Layout(wide, across[0], is_blocked=True)
+    return Scales(wide, across[0], is_blocked=True)
 
 
-class Weight(msgspec.Struct, frozen=True, eq=False):
+class Codes(msgspec.Struct, frozen=True, eq=False):
     """Codes, scales and zero points, of one rank; `name` is that of stored codes."""
 
     codes: Array
-    layout: Layout
+    layout: Scales
     zero_point: Array
     name: str = ""
 
     def values(self) -> Array:
         """What DequantizeLinear makes of them."""
-        scale = self.layout.scale
-        if self.codes.dtype.kind in "iu" or _is_integer(self.codes.dtype):
-            shifted = self.codes.astype(np.int32) - self.zero_point.astype(np.int32)
-            return np.asarray(shifted.astype(scale.dtype) * scale)
-        return np.asarray(self.codes.astype(scale.dtype) * scale)
+        return self.parameters().dequantized(self.codes)
 
     def write(self, edit: Edit) -> None:
         """Let DequantizeLinear make the outputs of the edit's own node of them."""
@@ -101,8 +97,8 @@ def _is_integer(dtype: np.dtype[np.generic]) -> bool:
 
 
 def coded(
-    graph: GraphView, whole: Array, layout: Layout, narrow: Sequence[TensorProto] = ()
-) -> Weight:
+    graph: GraphView, whole: Array, layout: Scales, narrow: Sequence[TensorProto] = ()
+) -> Codes:
     """Codes for `whole`, floats; raises DeclinedError where no type holds them.
 
     `narrow` are the constants that they come from, and no larger than these they get.
@@ -115,7 +111,7 @@ def coded(
         if not np.array_equal(codes.astype(whole.dtype), whole):
             raise DeclinedError(f"its values are not those of {floats[0]}")
         name = _stored_as(graph, narrow, codes)
-        return Weight(codes, layout, zeros.astype(floats[0]), name)
+        return Codes(codes, layout, zeros.astype(floats[0]), name)
     if not np.array_equal(np.rint(whole), whole):
         raise DeclinedError("its values are not whole numbers")
     if float(np.abs(whole).max(initial=0)) > np.iinfo(np.uint16).max:
@@ -130,7 +126,7 @@ def coded(
         zero = zeros if least < 0 else np.maximum(-low, 0)
         if (low + zero >= least).all() and (high + zero <= most).all():
             codes = (numbers + zero.astype(np.int32)).astype(dtype)
-            return Weight(codes, layout, zero.astype(dtype))
+            return Codes(codes, layout, zero.astype(dtype))
     raise DeclinedError("its values do not fit into a code of its size")
 
 
@@ -138,7 +134,7 @@ def _limits(dtype: np.dtype[np.generic]) -> tuple[int, int]:
     return parameters.code_limits(int(helper.np_dtype_to_tensor_dtype(dtype)))
 
 
-def _extremes(numbers: Array, layout: Layout) -> tuple[Array, Array]:
+def _extremes(numbers: Array, layout: Scales) -> tuple[Array, Array]:
     """The least and the largest number of each scale."""
     if layout.axis is None:
         over = tuple(range(numbers.ndim))
@@ -156,7 +152,7 @@ def _extremes(numbers: Array, layout: Layout) -> tuple[Array, Array]:
 
 
 def _types(
-    numbers: Array, layout: Layout, narrow: Sequence[TensorProto]
+    numbers: Array, layout: Scales, narrow: Sequence[TensorProto]
 ) -> list[type[np.generic]]:
     """What the codes may be stored as, in order: no larger than they were."""
     four: list[type[np.generic]] = [ml_dtypes.int4, ml_dtypes.uint4]
@@ -180,8 +176,8 @@ def _stored_as(graph: GraphView, narrow: Sequence[TensorProto], codes: Array) ->
 
 
 def _as_stored(
-    graph: GraphView, numbers: Array, layout: Layout, narrow: Sequence[TensorProto]
-) -> Weight | None:
+    graph: GraphView, numbers: Array, layout: Scales, narrow: Sequence[TensorProto]
+) -> Codes | None:
     """The codes as they are, where what is subtracted is one number for each scale."""
     for tensor in narrow:
         if tuple(tensor.dims) != numbers.shape or graph.weight(tensor.name) is not tensor:
@@ -192,14 +188,14 @@ def _as_stored(
         fits = (low >= least).all() and (high <= most).all()
         if np.array_equal(low, high) and fits:
             zero = np.broadcast_to(low, layout.scale.shape).astype(held.dtype)
-            return Weight(held, layout, zero, str(tensor.name))
+            return Codes(held, layout, zero, str(tensor.name))
     return None
 
 
 # ---- what moves them ----
 
 
-def moved(graph: GraphView, weight: Weight, node: NodeProto) -> tuple[Weight, NodeProto]:
+def moved(graph: GraphView, weight: Codes, node: NodeProto) -> tuple[Codes, NodeProto]:
     """The weight behind what only moves it, and the last node that does."""
     while True:
         use = graph.only_use(node.output[0])
@@ -211,7 +207,7 @@ def moved(graph: GraphView, weight: Weight, node: NodeProto) -> tuple[Weight, No
         weight, node = moved, use.node
 
 
-def _move(graph: GraphView, weight: Weight, node: NodeProto) -> Weight | None:
+def _move(graph: GraphView, weight: Codes, node: NodeProto) -> Codes | None:
     """The weight that `node` makes of one; None where it is no such node."""
     op = graph.op(node)
     if op == "Identity":
@@ -226,19 +222,19 @@ def _move(graph: GraphView, weight: Weight, node: NodeProto) -> Weight | None:
     return _reshaped(weight, tuple(int(dim or 0) for dim in shape))
 
 
-def _transposed(graph: GraphView, weight: Weight, node: NodeProto) -> Weight | None:
+def _transposed(graph: GraphView, weight: Codes, node: NodeProto) -> Codes | None:
     perm = axes.perm_of(graph, node)
     if perm is None:
         return None
     layout = weight.layout
     axis = None if layout.axis is None else perm.index(layout.axis)
-    made = Layout(np.transpose(layout.scale, perm), axis, layout.is_blocked)
-    return Weight(
+    made = Scales(np.transpose(layout.scale, perm), axis, layout.is_blocked)
+    return Codes(
         np.transpose(weight.codes, perm), made, np.transpose(weight.zero_point, perm)
     )
 
 
-def _reshaped(weight: Weight, shape: tuple[int, ...]) -> Weight | None:
+def _reshaped(weight: Codes, shape: tuple[int, ...]) -> Codes | None:
     """With other dims, where they leave the axis of the scales, or merge its blocks."""
     layout, dims = weight.layout, weight.codes.shape
     if layout.axis is None:
@@ -262,6 +258,6 @@ def _reshaped(weight: Weight, shape: tuple[int, ...]) -> Weight | None:
             return None
         axis = places[0]
         grid = tuple(size if place == axis else 1 for place in range(len(shape)))
-    made = Layout(layout.scale.reshape(grid), axis, layout.is_blocked)
+    made = Scales(layout.scale.reshape(grid), axis, layout.is_blocked)
     zero = weight.zero_point.reshape(grid)
-    return Weight(weight.codes.reshape(shape), made, zero)
+    return Codes(weight.codes.reshape(shape), made, zero)

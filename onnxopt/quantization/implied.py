@@ -11,8 +11,8 @@ from onnxopt import attributes
 from onnxopt.clamps import Clamp
 from onnxopt.graph import GraphView
 from onnxopt.linear import DeclinedError
-from onnxopt.quantization.linear import quantize
 from onnxopt.quantization.parameters import Parameters, parameters
+from onnxopt.quantization.quantize_linear import quantize
 
 
 def check_implied(clamp: Clamp, graph: GraphView, quantizer: NodeProto) -> None:

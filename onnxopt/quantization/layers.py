@@ -15,7 +15,7 @@ from onnx import NodeProto, TensorProto
 
 from onnxopt import attributes
 from onnxopt.graph import GraphView
-from onnxopt.linear import DeclinedError
+from onnxopt.linear import FLOATS, DeclinedError
 from onnxopt.quantization.parameters import code_limits
 from onnxopt.weights import Array, tensor_bytes
 
@@ -186,15 +186,7 @@ def _other(view: GraphView, node: NodeProto, op: str) -> Slots | None:
 def _is_plain(view: GraphView, name: str) -> bool:
     """Whether it is a constant, or no value that could be quantized (a condition)."""
     kind = view.dtype(name)
-    return view.weight(name) is not None or kind not in (None, *_FLOATS)
-
-
-_FLOATS = (
-    TensorProto.FLOAT,
-    TensorProto.FLOAT16,
-    TensorProto.BFLOAT16,
-    TensorProto.DOUBLE,
-)
+    return view.weight(name) is not None or kind not in (None, *FLOATS)
 
 
 def _by_constants(view: GraphView, node: NodeProto, op: str, slots: Slots) -> Slots:
@@ -310,7 +302,7 @@ def _weight(
         if op in INTEGER_LAYERS:
             return _integer_weight(view, node, op, slots, found)
         if found.dequantizer is None:
-            kind, is_float = found.tensor.data_type, found.tensor.data_type in _FLOATS
+            kind, is_float = found.tensor.data_type, found.tensor.data_type in FLOATS
             state: State = "float" if is_float else "integer"
             scheme: Scheme = "unknown"
             return WeightScheme(

@@ -7,6 +7,7 @@ passes that move, make or remove such nodes see them through this module alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
@@ -24,19 +25,20 @@ LINEAR = ("QuantizeLinear", "DequantizeLinear")
 
 _FOUR_BITS = (TensorProto.INT4, TensorProto.UINT4)
 _TWO_BITS = (TensorProto.INT2, TensorProto.UINT2)
-_SIXTEEN_BITS = (TensorProto.INT16, TensorProto.UINT16)
-_EIGHT_BITS = (TensorProto.INT8, TensorProto.UINT8)
+SIXTEEN_BITS = frozenset({TensorProto.INT16, TensorProto.UINT16})
+EIGHT_BITS = frozenset({TensorProto.INT8, TensorProto.UINT8})
 _FLOAT8 = (
     TensorProto.FLOAT8E4M3FN,
     TensorProto.FLOAT8E4M3FNUZ,
     TensorProto.FLOAT8E5M2,
     TensorProto.FLOAT8E5M2FNUZ,
 )
+_FLOAT_CODES = (*_FLOAT8, TensorProto.FLOAT4E2M1)
 _SINCE: dict[int, int] = {
-    **dict.fromkeys(_EIGHT_BITS, 10),
+    **dict.fromkeys(EIGHT_BITS, 10),
     TensorProto.INT32: 10,
     **dict.fromkeys(_FLOAT8, 19),
-    **dict.fromkeys((*_FOUR_BITS, *_SIXTEEN_BITS), 21),
+    **dict.fromkeys((*_FOUR_BITS, *SIXTEEN_BITS), 21),
     TensorProto.FLOAT4E2M1: 23,
     **dict.fromkeys(_TWO_BITS, 25),
 }
@@ -96,31 +98,35 @@ class Parameters(msgspec.Struct, frozen=True, eq=False):
         return self.axis % rank if rank else self.axis
 
     def dequantized(self, codes: Array) -> Array:
-        """The values of integer `codes` as DequantizeLinear computes them, per tensor or
-        per axis: (code - zero point) exactly, then one product in the type of the scale.
+        """The values of `codes` as DequantizeLinear computes them.
+
+        (code - zero point) exactly, then one product in the type of the scale; codes that
+        are floats have no zero point.
         """
-        assert not self.is_blocked, "blocks are left to ONNX Runtime"
-        scale, zero = (self.along(part, codes.ndim) for part in (self.scale, self._zero))
+        scale = self.spread(self.scale, codes.shape)
+        if self.data_type in _FLOAT_CODES:
+            return np.asarray(codes.astype(scale.dtype) * scale)
+        zero = self.spread(self.zero_point.astype(np.int64), codes.shape)
         whole = codes.astype(np.int64) - zero
-        return np.asarray(whole.astype(self.scale.dtype) * scale)
+        return np.asarray(whole.astype(scale.dtype) * scale)
 
-    @property
-    def _zero(self) -> Array:
-        return self.zero_point.astype(np.int64)
-
-    def along(self, part: Array, rank: int) -> Array:
-        """A scale or zero point, per tensor or axis, as it broadcasts to the value."""
-        if part.ndim == 0:
-            return part
-        shape = [1] * rank
-        shape[self.axis] = -1
-        return part.reshape(shape)
+    def spread(self, numbers: Array, shape: Sequence[int]) -> Array:
+        """A scale, zero point or the like, as it broadcasts to a value of `shape`."""
+        if self.is_blocked:
+            axis = self.axis % len(shape)
+            wide = np.repeat(numbers, self.block_size, axis)
+            return wide.take(np.arange(shape[axis]), axis)
+        if numbers.ndim == 0:
+            return numbers
+        dims = [1] * len(shape)
+        dims[self.axis] = -1
+        return numbers.reshape(dims)
 
 
 def code_limits(data_type: int) -> tuple[int, int]:
     """The least and the largest code of an integer type; raises DeclinedError."""
     dtype = helper.tensor_dtype_to_np_dtype(data_type)
-    if data_type in _FLOAT8 or data_type == TensorProto.FLOAT4E2M1:
+    if data_type in _FLOAT_CODES:
         raise DeclinedError("its codes are floats")
     iinfo: Any = ml_dtypes.iinfo
     return int(iinfo(dtype).min), int(iinfo(dtype).max)
@@ -261,7 +267,7 @@ def settings(made: Parameters) -> dict[str, int | None]:
 
 
 class IntegerWeight(msgspec.Struct, frozen=True, eq=False):
-    """A constant of integer codes and the DequantizeLinear that reads it."""
+    """A constant of codes and the DequantizeLinear that reads it."""
 
     node: NodeProto
     codes: TensorProto

@@ -11,7 +11,7 @@ from onnxopt.quantization.coded_weight import CodedWeight
 from onnxopt.quantization.parameters import Parameters, parameters
 from onnxopt.weights import Array
 
-LARGEST = float(2**31 - 1)
+INT32_LARGEST = float(2**31 - 1)
 """What such a kernel can add to a sum of products, in steps."""
 
 INVISIBLE = 2.0**-26

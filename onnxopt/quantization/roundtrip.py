@@ -24,8 +24,8 @@ from onnxopt import attributes
 from onnxopt.evaluate import EvaluationError, Evaluator
 from onnxopt.graph import GraphView
 from onnxopt.linear import DeclinedError
-from onnxopt.quantization.linear import quantize
 from onnxopt.quantization.parameters import Parameters, code_limits
+from onnxopt.quantization.quantize_linear import quantize
 from onnxopt.weights import PACKED_BITS, Array
 
 _INTEGERS = "INT2 UINT2 INT4 UINT4 INT8 UINT8 INT16 UINT16"
@@ -142,8 +142,9 @@ def _is_safe(codes: Array, made: Parameters) -> bool:
     """
     if made.data_type not in INTEGER_CODES:
         return False
-    wide = made.along(made.scale, 2).astype(np.float32)
-    whole = codes.astype(np.int64) - made.along(made.zero_point, 2).astype(np.int64)
+    wide = made.spread(made.scale, codes.shape).astype(np.float32)
+    zero = made.spread(made.zero_point, codes.shape).astype(np.int64)
+    whole = codes.astype(np.int64) - zero
     with np.errstate(over="ignore"):
         values = (whole.astype(np.float32) * wide).astype(made.scale.dtype)
         ratio = values.astype(np.float32) / wide

@@ -62,15 +62,15 @@ def scaled(
         turns = np.where(factor == 0, 0.0, np.where(factor < 0, 2.0, 1.0))
         units = refined(given, shape, [magnitude, turns])
         made = _with_moved_zero(units, _scaled(units, magnitude), outside)
-        middle = spread(units, made.zero_point != units.zero_point, shape)
+        middle = units.spread(made.zero_point != units.zero_point, shape)
         whole = np.where(middle & (factor < 0), low + high - _whole(codes), whole)
-        whole = np.where(factor == 0, spread(made, _whole(made.zero_point), shape), whole)
+        whole = np.where(factor == 0, made.spread(_whole(made.zero_point), shape), whole)
     return Scaled(made, whole.astype(codes.dtype))
 
 
 def _turned(units: Parameters, codes: Array, factor: Floats) -> npt.NDArray[Any]:
     """The codes about the zero point, in a type that holds all of them."""
-    zero = spread(units, _whole(units.zero_point), codes.shape)
+    zero = units.spread(_whole(units.zero_point), codes.shape)
     whole = _whole(codes)
     whole = np.where(factor < 0, 2 * zero - whole, whole)
     return np.where(factor == 0, zero, whole)
@@ -149,12 +149,3 @@ def _reduced(units: Parameters, values: Array, ufunc: np.ufunc) -> Array:
         return np.broadcast_to(values, units.scale.shape)
     others = tuple(other for other in range(values.ndim) if other != axis)
     return np.broadcast_to(ufunc.reduce(values, axis=others), units.scale.shape)
-
-
-def spread(units: Parameters, numbers: Array, shape: Sequence[int]) -> Array:
-    """One number per unit, as it broadcasts to a value of `shape`."""
-    if not units.is_blocked:
-        return units.along(numbers, len(shape))
-    axis = units.axis % len(shape)
-    wide = np.repeat(numbers, units.block_size, axis)
-    return wide.take(np.arange(shape[axis]), axis)

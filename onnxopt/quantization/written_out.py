@@ -34,7 +34,8 @@ NARROW = frozenset(
     }
 )
 """Types that weights are stored in when they are quantized."""
-FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
+_SCALED = (TensorProto.FLOAT, TensorProto.FLOAT16)
+"""Types in which weights are written out."""
 MOVES = ("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 
 _ON_THE_WAY = frozenset({"Add", "Sub", "Cast", "Clip", "Min", "Max", "Relu", *MOVES})
@@ -78,7 +79,7 @@ def scaling(graph: GraphView, node: NodeProto) -> Scaling | None:
     if op == "Div" and use.index == 1:
         return None
     found = Scaling(use.node, use.index)
-    if graph.dtype(found.whole) not in (*FLOATS, None):  # None: in a function
+    if graph.dtype(found.whole) not in (*_SCALED, None):  # None: in a function
         return None
     return None if cone(graph, [found.whole, found.scale]) is None else found
 

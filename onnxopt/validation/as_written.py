@@ -29,7 +29,7 @@ def right_as_written(
     """Outputs of `names` in which the candidate, loaded by `spec`, equals the reference
     at ORT_DISABLE_ALL on every feed.
 
-    None where one of the models does not run.
+    No output where one of the models does not run.
     """
     found: dict[str, list[Sample]] = {name: [] for name in names}
     plain = question.spec(spec.provider, "disable_all")

@@ -22,21 +22,16 @@ from onnx import TensorProto
 
 from onnxopt import attributes
 from onnxopt.data.inputs import Feed
+from onnxopt.linear import FLOATS
 from onnxopt.model import Model
 from onnxopt.save import stage
-from onnxopt.validation.written import rounding
+from onnxopt.validation.single_steps import rounding
 from onnxopt.weights import tensor_bytes, tensors
 
 # Above this, models are not copied to move their weights; their inputs still are.
 WEIGHT_LIMIT = 1 << 30
 # Tensors smaller than this are settings (scales of Resize, thresholds), not weights.
 _SMALLEST_WEIGHT = 16
-_FLOATS = {
-    TensorProto.FLOAT,
-    TensorProto.DOUBLE,
-    TensorProto.FLOAT16,
-    TensorProto.BFLOAT16,
-}
 # Nodes whose further inputs are sizes, scales or zero points: a moved one is another
 # model. A weight behind Cast is stored in less precision than it computes in.
 _SETTINGS = {"DequantizeLinear", "QuantizeLinear", "Resize", "Upsample", "Range", "Cast"}
@@ -81,7 +76,7 @@ def facts(model: onnx.ModelProto, path: Path) -> Facts:
         quantized=written_out or any(node.op_type in _QUANTIZED for node in nodes),
         precision=precision,
         float_inputs=any(
-            info.type.tensor_type.elem_type in _FLOATS for info in model.graph.input
+            info.type.tensor_type.elem_type in FLOATS for info in model.graph.input
         ),
         size=path.stat().st_size + external_bytes(model),
         written_out=written_out,
@@ -197,7 +192,7 @@ def _weights(model: onnx.ModelProto) -> Iterator[TensorProto]:
     for name, tensor in _constants(model, nodes):
         size = np.prod(tensor.dims, dtype=np.int64)
         if (
-            tensor.data_type in _FLOATS
+            tensor.data_type in FLOATS
             and size >= _SMALLEST_WEIGHT
             and name not in settings
         ):

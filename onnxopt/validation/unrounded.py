@@ -21,7 +21,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from onnxopt import attributes
-from onnxopt.validation.written import rounding
+from onnxopt.validation.single_steps import rounding
 
 # Nodes that only move elements of input 0 (of all inputs: Concat).
 _CARRIERS = {

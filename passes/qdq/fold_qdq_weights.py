@@ -26,7 +26,7 @@ from onnxopt.edit import Edit
 from onnxopt.evaluate import EvaluationError, constant_model
 from onnxopt.graph import GraphView
 from onnxopt.manager import Context, Pass
-from onnxopt.quantization.linear import quantize
+from onnxopt.quantization.quantize_linear import quantize
 from onnxopt.report import Guarantee
 from onnxopt.weights import Array
 

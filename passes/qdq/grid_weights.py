@@ -30,7 +30,7 @@ from onnxopt.linear import LAYERS, DeclinedError
 from onnxopt.manager import Context, Pass
 from onnxopt.passes.qdq.integer_weights import weight_only_reason
 from onnxopt.quantization import parameters
-from onnxopt.quantization.codes import Layout, Weight, coded
+from onnxopt.quantization.codes import Codes, Scales, coded
 from onnxopt.quantization.grids import scales
 from onnxopt.quantization.written_out import float_product
 from onnxopt.report import Guarantee
@@ -84,7 +84,7 @@ def _is_suitable(graph: GraphView, node: NodeProto, tensor: TensorProto) -> bool
     )
 
 
-def _weights(graph: GraphView, node: NodeProto, array: Array) -> Iterator[Weight]:
+def _weights(graph: GraphView, node: NodeProto, array: Array) -> Iterator[Codes]:
     """As codes, by channels or in blocks."""
     axis = _channels(node, array.ndim)
     turned = np.moveaxis(array, axis, 0)
@@ -92,7 +92,7 @@ def _weights(graph: GraphView, node: NodeProto, array: Array) -> Iterator[Weight
     if found is not None:
         grid = [1] * array.ndim
         grid[axis] = -1
-        yield from _checked(graph, array, Layout(found.reshape(grid), axis))
+        yield from _checked(graph, array, Scales(found.reshape(grid), axis))
     if array.ndim != 2 or graph.opset() < parameters.BLOCKED_SINCE:
         return
     inputs = 1 - axis
@@ -102,7 +102,7 @@ def _weights(graph: GraphView, node: NodeProto, array: Array) -> Iterator[Weight
             found = scales(rows.reshape(-1, block))
             if found is not None:
                 grid_of = np.moveaxis(found.reshape(len(rows), -1), 1, inputs)
-                layout = Layout(np.ascontiguousarray(grid_of), inputs, is_blocked=True)
+                layout = Scales(np.ascontiguousarray(grid_of), inputs, is_blocked=True)
                 yield from _blocked(graph, array, layout)
 
 
@@ -118,14 +118,14 @@ def _channels(node: NodeProto, rank: int) -> int:
     return rank - 1
 
 
-def _checked(graph: GraphView, array: Array, layout: Layout) -> Iterator[Weight]:
+def _checked(graph: GraphView, array: Array, layout: Scales) -> Iterator[Codes]:
     whole = np.rint(array / layout.scale.astype(np.float64)).astype(np.float32)
     weight = coded(graph, whole, layout)
     if np.array_equal(weight.values(), array):
         yield weight
 
 
-def _blocked(graph: GraphView, array: Array, layout: Layout) -> Iterator[Weight]:
+def _blocked(graph: GraphView, array: Array, layout: Scales) -> Iterator[Codes]:
     """With each block an axis of its own, and joined again."""
     assert layout.axis is not None
     axis = layout.axis
@@ -133,13 +133,13 @@ def _blocked(graph: GraphView, array: Array, layout: Layout) -> Iterator[Weight]
     dims = list(array.shape)
     dims[axis : axis + 1] = [groups, dims[axis] // groups]
     scale = np.expand_dims(layout.scale, axis + 1)
-    split = Layout(scale, axis + 1, is_blocked=True)
+    split = Scales(scale, axis + 1, is_blocked=True)
     for weight in _checked(graph, array.reshape(dims), split):
         zero = weight.zero_point.squeeze(axis + 1)
-        yield Weight(weight.codes.reshape(array.shape), layout, zero)
+        yield Codes(weight.codes.reshape(array.shape), layout, zero)
 
 
-def _write(graph: GraphView, node: NodeProto, weight: Weight) -> None:
+def _write(graph: GraphView, node: NodeProto, weight: Codes) -> None:
     made = weight.parameters()
     reason = parameters.missing(graph, made)
     if reason:

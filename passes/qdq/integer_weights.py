@@ -44,7 +44,7 @@ from onnxopt.graph import GraphView
 from onnxopt.linear import LAYERS, DeclinedError
 from onnxopt.manager import Context, Pass
 from onnxopt.quantization.chains import ROUNDING
-from onnxopt.quantization.codes import Layout, coded, layout_of, moved
+from onnxopt.quantization.codes import Scales, coded, layout_of, moved
 from onnxopt.quantization.written_out import (
     MOVES,
     NARROW,
@@ -171,11 +171,11 @@ class _Grid(msgspec.Struct, frozen=True, eq=False):
     """Whole floats and their scales, positive, of equal rank; the sign is the codes'."""
 
     whole: Array
-    layout: Layout
+    layout: Scales
     operand: Array
 
     @classmethod
-    def of(cls, found: Scaling, whole: Array, layout: Layout) -> _Grid:
+    def of(cls, found: Scaling, whole: Array, layout: Scales) -> _Grid:
         scale = layout.scale
         if not np.isfinite(scale).all() or not np.isfinite(whole).all():
             raise DeclinedError("its scale or its values are not finite")
@@ -185,7 +185,7 @@ class _Grid(msgspec.Struct, frozen=True, eq=False):
             raise DeclinedError("its scale has no reciprocal")
         sign = np.where(factor < 0, -1, np.where(factor == 0, 0, 1)).astype(whole.dtype)
         positive = np.where(factor == 0, 1, np.abs(factor)).astype(whole.dtype)
-        made = Layout(positive, layout.axis, layout.is_blocked)
+        made = Scales(positive, layout.axis, layout.is_blocked)
         return cls(whole * sign if (sign != 1).any() else whole, made, scale * sign)
 
     def product(self, op_type: str) -> Array:

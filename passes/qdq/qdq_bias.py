@@ -38,7 +38,7 @@ from onnxopt.quantization.parameters import (
     integer_weight,
     missing,
 )
-from onnxopt.quantization.product import LARGEST, check_float_bias, product_scale
+from onnxopt.quantization.product import INT32_LARGEST, check_float_bias, product_scale
 from onnxopt.report import Guarantee
 from onnxopt.weights import Array
 
@@ -156,7 +156,7 @@ class _Bias(msgspec.Struct, frozen=True):
         """The nearest codes; raises DeclinedError where int32 does not hold them."""
         with np.errstate(all="ignore"):
             ratio = np.rint(self.values.astype(np.float64) / step)
-        if not (np.abs(ratio) < LARGEST).all():
+        if not (np.abs(ratio) < INT32_LARGEST).all():
             raise DeclinedError("the bias of a channel does not fit int32 at its scale")
         return ratio.astype(np.int32)
 

@@ -34,7 +34,12 @@ from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
 from onnxopt.linear import DeclinedError
 from onnxopt.manager import Context, Pass
-from onnxopt.quantization.parameters import Parameters, integer_weight, parameters
+from onnxopt.quantization.parameters import (
+    EIGHT_BITS,
+    Parameters,
+    integer_weight,
+    parameters,
+)
 from onnxopt.quantization.qoperators import (
     BY_MEANING,
     MICROSOFT,
@@ -44,10 +49,9 @@ from onnxopt.quantization.qoperators import (
 )
 from onnxopt.report import Guarantee
 
-_EIGHT_BITS = (TensorProto.INT8, TensorProto.UINT8)
 _INTEGER = {
-    "Conv": ("ConvInteger", (TensorProto.UINT8,)),
-    "MatMul": ("MatMulInteger", _EIGHT_BITS),
+    "Conv": ("ConvInteger", frozenset({TensorProto.UINT8})),
+    "MatMul": ("MatMulInteger", EIGHT_BITS),
 }
 """Products of integers, and the types of weights for which ONNX Runtime has kernels."""
 _WITH_WEIGHT = ("Conv", "MatMul", "Gemm")
@@ -208,7 +212,7 @@ def _check_types(
     """Raises DeclinedError where ONNX Runtime has no kernel."""
     first, meaning = read[0], graph.op(node)
     for item in (made, *read):
-        if item.data_type not in _EIGHT_BITS or item.scale.dtype != np.float32:
+        if item.data_type not in EIGHT_BITS or item.scale.dtype != np.float32:
             raise DeclinedError("its codes are not 8 bits with float32 scales")
     if first.data_type != made.data_type:
         raise DeclinedError("it reads and makes codes of different types")

@@ -7,8 +7,8 @@
 2. Every code comes back (`onnxopt.quantization.roundtrip`): always for 8 bits with
    float32 scales that do not overflow, which is tried none the less; for 16 bits, float16
    or bfloat16 scales, 4 bits and float8 it is tried on all of them, and can fail.
-3. For `ort-cpu` on x86 not where codes of int8 would get several readers: ONNX Runtime
-   runs nothing on integers then.
+3. Not where codes of int8 would get several readers, but for `ort-cpu-arm`: on x86 ONNX
+   Runtime runs nothing on integers then.
 4. So of Q, DQ, Q, DQ one pair stays. Other parameters change codes: both pairs stay.
 """
 
@@ -36,7 +36,6 @@ class Requantize(Pass):
     def run(self, graph: GraphView, context: Context) -> None:
         """Quantizer by quantizer."""
         trips = RoundTrips(context.evaluator)
-        is_x86 = context.target.name == "ort-cpu-x86"
         for node in graph.visit(self, ("QuantizeLinear",)):
             source = graph.producer(node.input[0])
             if source is None or graph.op(source) != "DequantizeLinear":
@@ -47,7 +46,7 @@ class Requantize(Pass):
             except DeclinedError as declined:
                 graph.skip(node, str(declined))
                 continue
-            if is_x86 and _shares_int8(graph, source, node):
+            if context.target.keeps_int8_pairs and _shares_int8(graph, source, node):
                 graph.skip(node, "its codes of int8 would get several readers")
                 continue
             edit = Edit(graph, node)

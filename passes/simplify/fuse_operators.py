@@ -21,10 +21,11 @@ from typing import ClassVar
 from onnx import NodeProto
 
 from onnxopt.graph import GraphView
+from onnxopt.linear import DeclinedError
 from onnxopt.manager import Context, Pass
 from onnxopt.passes.simplify.fusions import FUSIONS
 from onnxopt.passes.simplify.fusions.fusion import Fusion
-from onnxopt.pattern import Declined, Failure, match
+from onnxopt.pattern import Failure, match
 from onnxopt.report import Guarantee
 
 
@@ -63,7 +64,7 @@ def _fuse(graph: GraphView, node: NodeProto, fusion: Fusion) -> bool:
             continue
         try:
             edit = fusion.build(graph, node, found)
-        except Declined as declined:
+        except DeclinedError as declined:
             graph.skip(node, f"no {fusion.op_type}: {declined}")
             return False
         return graph.apply(edit, f"these operators are one {fusion.op_type}")

@@ -24,10 +24,11 @@ from typing import ClassVar
 import numpy as np
 from onnx import NodeProto
 
-from onnxopt.clamps import CLAMPS, LARGEST, Clamp, clamp_of
+from onnxopt.clamps import CLAMPS, Clamp, clamp_of
 from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
 from onnxopt.manager import Context, Pass
+from onnxopt.pattern import LARGEST
 from onnxopt.report import Guarantee
 
 _INVERSE_OF_ITSELF = ("Neg", "Not")

@@ -9,10 +9,11 @@ from onnx import NodeProto, TensorProto
 
 from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
-from onnxopt.pattern import Declined, Match, Op, Pattern
+from onnxopt.linear import DeclinedError
+from onnxopt.pattern import Match, Op, Pattern
 
 Build = Callable[[GraphView, NodeProto, Match], Edit]
-"""The edit that replaces what matched; raises Declined."""
+"""The edit that replaces what matched; raises DeclinedError."""
 
 
 class Fusion(msgspec.Struct, frozen=True):
@@ -38,7 +39,7 @@ class Fusion(msgspec.Struct, frozen=True):
 def check_float32(graph: GraphView, name: str) -> None:
     """Elsewhere the single steps round, and overflow, long before the operator does."""
     if graph.dtype(name) != TensorProto.FLOAT:
-        raise Declined("it is not known to compute in float32")
+        raise DeclinedError("it is not known to compute in float32")
 
 
 def elementwise(
@@ -59,4 +60,4 @@ def elementwise(
 def check_shape(found: Match, name: str) -> None:
     """Constants of a higher rank than the value would raise that of the result."""
     if not found.keeps_shape(name):
-        raise Declined("its constants may raise the rank of the result")
+        raise DeclinedError("its constants may raise the rank of the result")

@@ -23,10 +23,11 @@ from onnx import NodeProto
 
 from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
+from onnxopt.linear import DeclinedError
 from onnxopt.operands import reduced_axes
 from onnxopt.passes.simplify.fusions.fusion import Fusion, check_float32, check_shape
 from onnxopt.passes.simplify.fusions.reductions import keeps_dims
-from onnxopt.pattern import Constant, Declined, Either, Match, Op, Pattern, Value
+from onnxopt.pattern import Constant, Either, Match, Op, Pattern, Value
 
 MAX_GROWTH = 4096
 """How many bytes of ones (scales that a model does not have) an operator is worth."""
@@ -78,14 +79,14 @@ def _folded_layer_norm(graph: GraphView, node: NodeProto, found: Match) -> Edit:
     _check_same_axes(graph, found)
     dims, weights = _last_dims(graph, found), [found["gamma"], found["beta"]]
     if not all(_is_per_element(graph, w, dims, found["x"]) for w in weights):
-        raise Declined("its scale or shift is not one per element")
+        raise DeclinedError("its scale or shift is not one per element")
     return _edit(graph, node, found, dims, weights)
 
 
 def _check_same_axes(graph: GraphView, found: Match) -> None:
     axes = [reduced_axes(graph, found.maker(name)) for name in ("mean", "variance")]
     if axes[0] != axes[1]:
-        raise Declined("mean and variance are over different axes")
+        raise DeclinedError("mean and variance are over different axes")
 
 
 def _last_dims(graph: GraphView, found: Match) -> list[int]:
@@ -94,14 +95,14 @@ def _last_dims(graph: GraphView, found: Match) -> list[int]:
     check_shape(found, "x")
     axes, shape = reduced_axes(graph, found.maker("variance")), graph.shape(found["x"])
     if axes is None or shape is None:
-        raise Declined("its axes, or the rank of its input, are not known")
+        raise DeclinedError("its axes, or the rank of its input, are not known")
     rank = len(shape)
     places = sorted(axis % rank for axis in axes)
     if places != list(range(rank - len(places), rank)):
-        raise Declined("it does not normalize the last axes")
+        raise DeclinedError("it does not normalize the last axes")
     dims = [dim for dim in shape[places[0] :] if isinstance(dim, int) and dim > 0]
     if len(dims) != len(places):
-        raise Declined("the sizes of the normalized axes are not known")
+        raise DeclinedError("the sizes of the normalized axes are not known")
     return dims
 
 
@@ -136,7 +137,7 @@ def _edit(
     edit = Edit(graph, end, max_growth=MAX_GROWTH)
     if not weights[0]:
         if 4 * math.prod(dims) > MAX_GROWTH:
-            raise Declined("it has no scale, and one would take many ones")
+            raise DeclinedError("it has no scale, and one would take many ones")
         weights[0] = edit.add_weight(np.ones(dims, np.float32), f"{end.output[0]}_scale")
     for index, name in enumerate(weights):
         shape = graph.shape(name) if name else None

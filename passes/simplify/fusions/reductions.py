@@ -15,9 +15,10 @@ from onnx import NodeProto
 from onnxopt import attributes
 from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
+from onnxopt.linear import DeclinedError
 from onnxopt.operands import reduced_axes, takes_axes_input
 from onnxopt.passes.simplify.fusions.fusion import Fusion, check_float32, check_shape
-from onnxopt.pattern import Constant, Declined, Either, Match, Op, Value, is_near
+from onnxopt.pattern import Constant, Either, Match, Op, Value, is_near
 
 _X = Value("x")
 
@@ -35,7 +36,7 @@ def _reduce(
     check_shape(found, "reduced" if "reduced" in found else "x")
     axes = reduced_axes(graph, old)
     if axes is None and not _is_over_all(graph, old):
-        raise Declined("its axes are not constant")
+        raise DeclinedError("its axes are not constant")
     inputs = [found["x"]]
     settings: dict[str, Any] = {"keepdims": attributes.get(old, "keepdims", 1)}
     edit = Edit(graph, node)
@@ -66,14 +67,14 @@ def _mean(graph: GraphView, node: NodeProto, found: Match) -> Edit:
     total = found.maker("reduced")
     shape, axes = graph.shape(found["x"]), reduced_axes(graph, total)
     if shape is None or (axes is None and not _is_over_all(graph, total)):
-        raise Declined("how many elements it sums is not known")
+        raise DeclinedError("how many elements it sums is not known")
     size = _size(shape, axes)
     if size is None:
-        raise Declined("how many elements it sums is not known")
+        raise DeclinedError("how many elements it sums is not known")
     divisor = found.number("count")
     divisor = divisor if node.op_type == "Div" else 1 / (divisor or math.nan)
     if not size or not is_near(divisor, size):
-        raise Declined(f"it sums {size} elements and divides by {divisor:.9g}")
+        raise DeclinedError(f"it sums {size} elements and divides by {divisor:.9g}")
     return _reduce(graph, node, found, "ReduceMean", total)
 
 

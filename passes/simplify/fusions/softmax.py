@@ -13,10 +13,11 @@ from onnx import NodeProto
 
 from onnxopt.edit import Edit
 from onnxopt.graph import GraphView
+from onnxopt.linear import DeclinedError
 from onnxopt.operands import reduced_axes
 from onnxopt.passes.simplify.fusions.fusion import Fusion, check_float32
 from onnxopt.passes.simplify.fusions.reductions import keeps_dims
-from onnxopt.pattern import Declined, Match, Op, Value
+from onnxopt.pattern import Match, Op, Value
 
 _X = Value("x")
 
@@ -25,13 +26,13 @@ def _softmax(graph: GraphView, node: NodeProto, found: Match) -> Edit:
     check_float32(graph, found["x"])
     shape = graph.shape(found["x"])
     if shape is None:
-        raise Declined("the rank of its input is not known")
+        raise DeclinedError("the rank of its input is not known")
     axes = [reduced_axes(graph, found.maker(name)) for name in ("max", "sum")]
     first, second = ([axis % len(shape) for axis in item or ()] for item in axes)
     if first != second or len(first) != 1:
-        raise Declined("maximum and sum are not over the same single axis")
+        raise DeclinedError("maximum and sum are not over the same single axis")
     if graph.opset() < 13 and first[0] != len(shape) - 1:
-        raise Declined("before opset 13 Softmax is over all axes from its axis on")
+        raise DeclinedError("before opset 13 Softmax is over all axes from its axis on")
     edit = Edit(graph, node)
     edit.rewrite("Softmax", [found["x"]], {"axis": first[0]})
     return edit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from onnxopt.validation.written import rounding
+from onnxopt.validation.single_steps import rounding
 from tests.support import model_of
 
 QUANTIZER = "v = Div(x, s) r = Round(v) c = Clip(r, low, high) y = Mul(c, s)"
