@@ -30,7 +30,7 @@ from onnxopt.linear import LAYERS, DeclinedError
 from onnxopt.manager import Context, Pass
 from onnxopt.passes.qdq.integer_weights import weight_only_reason
 from onnxopt.quantization import parameters
-from onnxopt.quantization.codes import Scales, Codes, coded
+from onnxopt.quantization.codes import Codes, Scales, coded
 from onnxopt.quantization.grids import scales
 from onnxopt.quantization.written_out import float_product
 from onnxopt.report import Guarantee
