@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from onnxopt.quantization.calibration import Range, affine
+from onnxopt.quantization.ranges import Range, affine
 from onnxopt.weights import Array
 
 WIDTH, HEADS, LAYERS, TOKENS, FEATURES, CLASSES = 192, 4, 3, 64, 48, 10

@@ -30,9 +30,9 @@ import onnx
 import onnxopt
 from onnxopt.data.inputs import Feed, Feeds
 from onnxopt.latency import Bench, Plan, Ratio, compare
-from onnxopt.model import Model
-from onnxopt.quantization import calibration
+from onnxopt.quantization.calibration import Calibration
 from onnxopt.quantization.kernels import integer_kernels
+from onnxopt.quantization.ranges import Range, min_max
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -94,8 +94,9 @@ def _encoder(folder: Path) -> Case:
     twin, export = folder / "encoder_float.onnx", folder / "encoder_qat.onnx"
     model = encoder.encoder()
     onnx.save(model, twin)
-    found = calibration.ranges(Model.open(twin), encoder.quantized(model), _tokens(8))
-    found["x"] = calibration.Range(-4, 4)
+    seen = Calibration(_tokens(8)).run(twin, encoder.quantized(model))
+    found = {name: min_max(each) for name, each in seen.items()}
+    found["x"] = Range(-4, 4)
     onnx.save(encoder.encoder(found), export)
     return Case("encoder", export, twin, _tokens)
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from onnxopt import _frames, _placement
 from onnxopt._frames import Buffer, EndOfStreamError, Head, Raw
+from onnxopt.quantization.histogram import Histogram
 
 Request = tuple[Head, list[bytearray]]
 
@@ -71,6 +72,7 @@ class Loaded:
 
     def __init__(self, session: Any, profile: _placement.Profile | None = None) -> None:
         self.session, self.profile = session, profile
+        self.seen: dict[str, Histogram] = {}
         kinds = {out.name: out.type for out in session.get_outputs()}
         self.outputs = list(kinds)
         self.exotic = {name for name, kind in kinds.items() if _exotic_type(kind)}
@@ -103,6 +105,20 @@ class Loaded:
         for _ in range(warmup):
             run()
         return [_timed(run) for _ in range(runs)]
+
+    def observe(self, feed: dict[str, Any]) -> None:
+        """Run, and count the elements of every float output; the values stay here."""
+        for name, value in zip(self.outputs, self.run(feed, self.outputs), strict=True):
+            if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+                self.seen.setdefault(name, Histogram()).add(value)
+
+    def observed(self, sent: list[Buffer]) -> list[Any]:
+        """What `observe` has counted so far: per output its name, head and counts."""
+        found: list[Any] = []
+        for name, seen in self.seen.items():
+            head, counts = seen.to_parts()
+            found.append([name, head, _frames.pack(counts, sent)])
+        return found
 
     def _run_bound(self, feed: dict[str, Any], names: list[str]) -> dict[str, Raw]:
         binding = self._bound(feed, names)
@@ -199,6 +215,12 @@ class Server:
                 loaded = self.sessions[head["session"]]
                 seconds = loaded.time(feed, head["runs"], head["warmup"])
                 return {"seconds": seconds, "peak": _peak_bytes()}, sent
+            case "observe":
+                feed = {k: _frames.unpack(v, parts) for k, v in head["feed"].items()}
+                self.sessions[head["session"]].observe(feed)
+                return None, sent
+            case "observed":
+                return self.sessions[head["session"]].observed(sent), sent
             case "close":
                 self.sessions.pop(head["session"], None)
                 return None, sent

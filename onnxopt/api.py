@@ -45,6 +45,7 @@ from onnxopt.validation import interface
 
 if TYPE_CHECKING:
     from onnxopt.data import Feeds
+    from onnxopt.quantization.calibration import Calibration
     from onnxopt.validation.placement import ProviderTime
 
 OnFailure = Literal["raise", "return", "rollback"]
@@ -353,7 +354,7 @@ class Attempts(msgspec.Struct):
         model.ledger = Ledger(report.source.bytes.model + report.source.bytes.data, limit)
         model.ledger.forbidden = self.forbidden
         evaluator = Evaluator(options.get("timeout", 600.0))
-        context = Context(self.job.target, evaluator, self.data)
+        context = Context(self.job.target, evaluator, self._calibration())
         manager = PassManager(
             self.job.passes,
             verify_each=options.get("verify_each", False),
@@ -375,6 +376,20 @@ class Attempts(msgspec.Struct):
             _as_graph=as_graph,
         )
         return result, staged
+
+    def _calibration(self) -> Calibration | None:
+        """What runs models on the user's data."""
+        if self.data is None:
+            return None
+        from onnxopt.quantization.calibration import Calibration
+
+        options = self.job.options
+        return Calibration(
+            self.data,
+            timeout=options.get("timeout", 600.0),
+            memory_limit=options.get("memory_limit"),
+            custom_op_libraries=tuple(options.get("custom_op_libraries") or ()),
+        )
 
     def _staged(self, model: Model) -> Staged:
         """The result as a file, judged; nothing where nobody looks at it."""

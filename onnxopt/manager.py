@@ -18,7 +18,7 @@ from onnxopt.report import Guarantee
 from onnxopt.target import TARGETS, Target
 
 if TYPE_CHECKING:
-    from onnxopt.data.inputs import Feeds
+    from onnxopt.quantization.calibration import Calibration
 
 log = logging.getLogger("onnxopt.manager")
 
@@ -28,12 +28,13 @@ MAX_ROUNDS = 12
 class Context(msgspec.Struct):
     """What a pass may ask besides the graph.
 
-    `feeds`: the user's data, None where none was given; made-up feeds tell no ranges.
+    `calibration`: runs the model on the user's data, None where none was given; made-up
+    feeds tell no ranges.
     """
 
     target: Target = TARGETS["onnx"]
     evaluator: Evaluator = msgspec.field(default_factory=Evaluator)
-    feeds: Feeds | None = None
+    calibration: Calibration | None = None
 
 
 class Pass(msgspec.Struct):
@@ -81,35 +82,46 @@ class PassManager:
         self.seconds: dict[str, float] = {}
 
     def run(self, model: Model, context: Context | None = None) -> None:
-        """Run until a whole round makes no edit, not even where all is looked at anew.
+        """Run the exact passes to their fixed point, and each lossy one once.
 
-        A lossy pass runs in the first round only.
-
-        Within the rounds, a pass revisits what changed, and shapes once inferred stay;
-        an edit can also tell more about the shapes of values far from it.
+        What a lossy pass takes away is its measure. It runs when the exact passes before
+        it have nothing left to do, and all exact ones run again behind it.
 
         Raises verifier.BrokenGraphError, naming the pass, where a pass broke the graph.
         """
         context = context or Context()
+        exact: list[Pass] = []
+        for pass_ in self.passes:
+            if pass_.guarantee == "lossy":
+                self._run_to_fixed_point(exact, model, context)
+                self._run_one(pass_, model, context)
+            else:
+                exact.append(pass_)
+        self._run_to_fixed_point(exact, model, context)
+        model.settle()
+
+    def _run_to_fixed_point(
+        self, passes: Sequence[Pass], model: Model, context: Context
+    ) -> None:
+        """Run until a whole round makes no edit, not even where all is looked at anew.
+
+        Within the rounds, a pass revisits what changed, and shapes once inferred stay;
+        an edit can also tell more about the shapes of values far from it.
+        """
         idle = rounds = 0
         anew = model.ledger.edits
-        while self.passes:
-            if idle == len(self.passes):
+        while passes:
+            if idle == len(passes):
                 if model.ledger.edits == anew:
                     break
                 _look_anew(model)
                 idle, anew = 0, model.ledger.edits
-            if rounds == self.max_rounds * len(self.passes):
+            if rounds == self.max_rounds * len(passes):
                 model.notes.append(f"no fixed point after {self.max_rounds} rounds")
                 break
-            pass_ = self.passes[rounds % len(self.passes)]
-            again = rounds >= len(self.passes)
-            # What a lossy pass takes away is its measure: once, and no more.
-            once = pass_.guarantee == "lossy" and again
-            edits = 0 if once else self._run_one(pass_, model, context)
+            edits = self._run_one(passes[rounds % len(passes)], model, context)
             idle = 0 if edits else idle + 1
             rounds += 1
-        model.settle()
 
     def _run_one(self, pass_: Pass, model: Model, context: Context) -> int:
         ledger = model.ledger

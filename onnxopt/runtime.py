@@ -45,6 +45,7 @@ from onnxopt.errors import (
     WorkerMemoryError,
     WorkerTimeoutError,
 )
+from onnxopt.quantization.histogram import Histogram
 
 log = logging.getLogger("onnxopt.runtime")
 
@@ -228,6 +229,29 @@ class Session:
             cpu=tuple(cpu for _, cpu in found["seconds"]),
             peak=found["peak"],
         )
+
+    def observe(self, feed: Mapping[str, Value]) -> None:
+        """Run once and count the elements of all float outputs; no output travels.
+
+        Raises as `run`.
+        """
+        self._check_alive()
+        parts: list[Buffer] = []
+        head = {
+            "op": "observe",
+            "session": self._id,
+            "feed": {k: _frames.pack(to_wire(v), parts) for k, v in feed.items()},
+        }
+        self._worker.request(head, parts)
+
+    def observed(self) -> dict[str, Histogram]:
+        """What `observe` has counted so far, per output. Raises as `run`."""
+        self._check_alive()
+        rows, parts = self._worker.request({"op": "observed", "session": self._id}, [])
+        return {
+            name: Histogram.from_parts(head, _frames.unpack(form, parts))
+            for name, head, form in rows
+        }
 
     def close(self) -> None:
         """Free the session; the worker stays. Safe to call again, or after a crash."""

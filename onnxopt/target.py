@@ -14,9 +14,10 @@ class Target(msgspec.Struct, frozen=True):
     `domains` are those that a pass may emit beyond the model's own; `activation` and
     `weight` are the 8-bit types of its QDQ layout (None: no QDQ on activations), with
     zero point 0 where `symmetric`. `zero_points`: its integer kernels take weights whose
-    zero points are not 0; `float_bias`: they want biases of floats; `keeps_int8_pairs`:
-    codes of int8 activations are to stay between one QuantizeLinear and one
-    DequantizeLinear (`quantization.parameters.is_int8_quantizer` says why).
+    zero points are not 0; `float_bias`: they want biases of floats; `adds_pairs`: they
+    add two products of uint8 and int8 in 16 bits, and with 8-bit weights saturate.
+    `keeps_int8_pairs`: codes of int8 activations are to stay between one QuantizeLinear
+    and one DequantizeLinear (`quantization.parameters.is_int8_quantizer` says why).
     """
 
     name: str
@@ -26,6 +27,7 @@ class Target(msgspec.Struct, frozen=True):
     symmetric: bool = False
     zero_points: bool = False
     float_bias: bool = False
+    adds_pairs: bool = False
     keeps_int8_pairs: bool = True
 
 
@@ -55,4 +57,6 @@ def target(name: str) -> Target:
     if name not in TARGETS:
         known = ", ".join(sorted([*TARGETS, "ort-cpu"]))
         raise UsageError(f"unknown target {name!r}; there are {known}")
+    if name == "ort-cpu-x86":
+        return msgspec.structs.replace(TARGETS[name], adds_pairs=processor.adds_pairs())
     return TARGETS[name]

@@ -63,6 +63,7 @@ _HOMES = {
     "dead-layers": ("shrink.dead_layers", "DeadLayers"),
     "zero-channels": ("shrink.zero_channels", "ZeroChannels"),
     "merge-linear": ("shrink.merge_linear", "MergeLinear"),
+    "quantize-static": ("quantize.quantize_static", "QuantizeStatic"),
     "round-to-zero": ("shrink.round_to_zero", "RoundToZero"),
 }
 """Where each pass lies: its module in this package, and its class."""
@@ -140,6 +141,7 @@ ON_REQUEST = (
     "add-output-quantizer",
     "qoperator-to-qdq",
     "qdq-to-qoperator",
+    "quantize-static",
     "round-to-zero",
 )
 """Passes of no recipe that comes with onnxopt: they change what a user may want kept."""

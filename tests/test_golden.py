@@ -203,7 +203,7 @@ def _interface(proto: ModelProto) -> list[bytes]:
     return [value.SerializeToString(deterministic=True) for value in values]
 
 
-NEED_DATA = {"add-output-quantizer"}
+NEED_DATA = {"add-output-quantizer", "quantize-static"}
 
 
 def test_every_pass_has_cases() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +10,10 @@ import pytest
 from onnx import ModelProto, TensorProto, numpy_helper
 
 import onnxopt
-from onnxopt.data.inputs import Feed, Feeds
+from onnxopt.data.inputs import Feed
 from onnxopt.errors import ValidationError
-from onnxopt.model import Model
-from onnxopt.quantization.calibration import Range, affine, ranges
 from onnxopt.quantization.kernels import integer_kernels
+from onnxopt.quantization.ranges import Range, affine
 from tests import support
 from tests.quantized_layer import Builder, conv, elementwise, product
 
@@ -188,29 +185,7 @@ def test_a_second_run_finds_nothing() -> None:
     assert reasons(made, data=feeds_of(made)) == []
 
 
-# ---- calibration ----
-
-
-def test_ranges_of_inner_values(tmp_path: Path) -> None:
-    text = "main (float[2] x) => (float[2] y) { a = Neg (x) y = Relu (a) }"
-    onnx.save(support.model_of(text), tmp_path / "m.onnx")
-
-    def make() -> Iterator[Feed]:
-        yield {"x": np.array([1, -2], np.float32)}
-        yield {"x": np.array([5, 0], np.float32)}
-
-    model = Model.open(tmp_path / "m.onnx")
-    found = ranges(model, ["a", "y"], Feeds(make, "test"))
-    assert found == {"a": Range(-5, 2), "y": Range(0, 2)}
-
-
-def test_one_value_that_is_no_number_makes_the_range_none(tmp_path: Path) -> None:
-    text = "main (float[2] x) => (float[2] y) { y = Sqrt (x) }"
-    onnx.save(support.model_of(text), tmp_path / "m.onnx")
-    feeds = [{"x": np.array([-1, 4], np.float32)}, {"x": np.array([1, 4], np.float32)}]
-    model = Model.open(tmp_path / "m.onnx")
-    found = ranges(model, ["y"], Feeds(lambda: iter(feeds), "test"))
-    assert not found["y"].is_finite
+# ---- scales ----
 
 
 @pytest.mark.parametrize(

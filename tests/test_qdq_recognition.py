@@ -272,6 +272,20 @@ def test_what_differs_next_to_ties_is_declined(form: Form, context: Context) -> 
     assert np.abs(expected - found).max() <= scale * 1.001
 
 
+def test_offset_by_channel_under_one_scale_is_declined(context: Context) -> None:
+    """What stands before a quantizer that is none by itself is no part of one, either."""
+    b = Builder()
+    moved = b.add("Add", "x", np.linspace(0, 1, 3, dtype=np.float32))
+    value = b.add("Mul", moved, np.float32(1 / np.float32(0.03)))
+    value = b.add("Round", b.add("Add", value, np.float32(128)))
+    value = b.add("Clip", value, np.float32(0), np.float32(255))
+    value = b.add("Sub", value, np.float32(128))
+    model = b.model(b.add("Mul", value, np.float32(0.03)), [2, 3])
+    declined = support.run_passes(model, "fake-quant", context)
+    assert not declined.ledger.edits
+    assert len(reasons(declined)) == 1
+
+
 @pytest.mark.parametrize("scale", [2.0**-7, 0.25, 1.0, 4.0])
 def test_reciprocals_of_powers_of_two_are_exact(scale: float, context: Context) -> None:
     """There x * (1 / s) is x / s."""

@@ -8,10 +8,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from onnx import (
     GraphProto,
     NodeProto,
+    TensorProto,
     TensorShapeProto,
     TypeProto,
     ValueInfoProto,
@@ -25,6 +27,14 @@ from onnxopt.save import stage
 
 UNKNOWN_BYTES = 1 << 20
 """What a value is taken to need where its size is not known."""
+
+
+class Probe(msgspec.Struct):
+    """Nodes that compute something of inner values, and what they call it."""
+
+    nodes: list[NodeProto]
+    weights: list[TensorProto]
+    outputs: list[str]
 
 
 class TapModel:
@@ -142,8 +152,13 @@ class TapModel:
         if chunk:
             yield chunk
 
-    def write(self, names: Sequence[str], target: Path) -> Path:
-        """Write a copy to `target` whose outputs are `names`, and what makes them."""
+    def write(
+        self, names: Sequence[str], target: Path, more: Sequence[Probe] = ()
+    ) -> Path:
+        """Write a copy to `target` whose outputs are `names`, and what makes them.
+
+        With probes, their outputs take the place of the values themselves.
+        """
         taps = TapModel(self.path)
         try:
             graph = taps.model.proto.graph
@@ -152,7 +167,11 @@ class TapModel:
             _keep_weights(taps, nodes, {value.name for value in graph.input})
             for field in ("output", "quantization_annotation"):
                 graph.ClearField(field)
-            graph.output.extend(ValueInfoProto(name=name) for name in names)
+            ends = [name for probe in more for name in probe.outputs] or names
+            for probe in more:
+                graph.node.extend(probe.nodes)
+                graph.initializer.extend(probe.weights)
+            graph.output.extend(ValueInfoProto(name=name) for name in ends)
             stage(taps.model, target, hashes=False).commit()
         finally:
             taps.close()

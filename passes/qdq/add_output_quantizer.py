@@ -23,14 +23,14 @@ from typing import ClassVar
 
 from onnx import TensorProto
 
-from onnxopt.data.inputs import Feeds
 from onnxopt.edit import Edit
 from onnxopt.errors import ProviderError, WorkerError
 from onnxopt.graph import GraphView
 from onnxopt.manager import Context, Pass
-from onnxopt.quantization import calibration
+from onnxopt.quantization.calibration import Calibration
 from onnxopt.quantization.layers import Site, site
 from onnxopt.quantization.parameters import Parameters, operands
+from onnxopt.quantization.ranges import affine, min_max
 from onnxopt.quantization.reasons import STATIC_KERNELS, lacks_output
 from onnxopt.report import Guarantee
 from onnxopt.target import Target
@@ -57,17 +57,17 @@ class AddOutputQuantizer(Pass):
         if refusal is not None:
             _skip(graph, sites, refusal)
             return
-        assert context.feeds is not None
-        _quantize(graph, sites, context.feeds, context.target)
+        assert context.calibration is not None
+        _quantize(graph, sites, context.calibration, context.target)
 
 
 def _refusal(graph: GraphView, context: Context) -> str | None:
     """Why nothing here can be quantized."""
     if context.target.activation is None:
         return f"target {context.target.name} has no use for quantized activations"
-    if not calibration.is_main(graph):
+    if graph.parent is not None or graph.is_function:
         return "its values are not seen from outside of its scope"
-    if context.feeds is None:
+    if context.calibration is None:
         return "no Q behind it, and no data (--data) to tell its range"
     return None
 
@@ -77,22 +77,24 @@ def _skip(graph: GraphView, sites: list[Site], reason: str) -> None:
         graph.skip(found.node, reason)
 
 
-def _quantize(graph: GraphView, sites: list[Site], feeds: Feeds, target: Target) -> None:
+def _quantize(
+    graph: GraphView, sites: list[Site], calibration: Calibration, target: Target
+) -> None:
     values = [_value(found) for found in sites]
     try:
-        ranges = calibration.ranges(graph.model, list(dict.fromkeys(values)), feeds)
+        seen = calibration.of_model(graph.model, list(dict.fromkeys(values)))
     except (WorkerError, ProviderError) as error:
         _skip(graph, sites, f"its range could not be measured: {error}")
         return
     codes = _CODES[target.activation or "uint8"]
     for found, value in zip(sites, values, strict=True):
-        range_ = ranges.get(value)
-        if range_ is None or not range_.is_finite:
+        range_ = min_max(seen[value]) if value in seen else None
+        if range_ is None or seen[value].not_finite or not range_.is_finite:
             graph.skip(found.node, "its values on the data are not all finite")
         elif max(-range_.low, range_.high) > _LARGEST:
             graph.skip(found.node, f"its values reach {range_.low:g} to {range_.high:g}")
         else:
-            made = calibration.affine(range_, codes, target.symmetric)
+            made = affine(range_, codes, target.symmetric)
             _insert(graph, value, made)
 
 

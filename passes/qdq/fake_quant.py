@@ -100,6 +100,7 @@ def _recognize(
         try:
             axis = chain.channel_axis(graph)
             divisors, factor = _scales(chain)
+            _check_channels(chain, factor)
             found = find(graph, composed(chain.steps()), divisors, factor, axis, proof)
         except UnboundedError:
             continue
@@ -137,6 +138,13 @@ def _scales(chain: Chain) -> tuple[list[Floats32], Floats32]:
     if np.array_equal(divisor, factor):
         return [factor], factor
     return [factor, divisor], factor
+
+
+def _check_channels(chain: Chain, factor: Floats32) -> None:
+    """Raise DeclinedError where an offset or a bound varies and the scale does not."""
+    sizes = {array.size for link in chain.links for array in link.constants}
+    if factor.size == 1 and sizes - {1}:
+        raise DeclinedError("its constants vary by channel, and its scale does not")
 
 
 def _product(links: list[Link], kind: str) -> Floats32:

@@ -68,9 +68,11 @@ def _is_undone(
 
 def _shares_int8(graph: GraphView, source: NodeProto, node: NodeProto) -> bool:
     """Whether int8 codes, which `source` alone reads, would go to several places."""
-    if not is_int8_quantizer(graph, node):
+    maker = graph.producer(source.input[0])
+    if maker is None or not is_int8_quantizer(graph, maker):
         return False
     if graph.only_use(source.input[0]) is None:
         return False
+    places = len(graph.uses(node.output[0])) + graph.is_output(node.output[0])
     stays = graph.only_use(source.output[0]) is None
-    return stays or graph.only_use(node.output[0]) is None
+    return places + stays > 1
