@@ -258,6 +258,19 @@ def operands(
     return [value, scale, zero], settings(made)
 
 
+def quantized_result(
+    graph: GraphView, maker: NodeProto, value: str, made: Parameters
+) -> Edit:
+    """Quantize `value`, an output of `maker`, for all who read it; it keeps its name."""
+    edit = Edit(graph, maker)
+    plain = graph.fresh(f"{value}_float")
+    edit.divert(maker, list(maker.output).index(value), plain)
+    inputs, attrs = operands(edit, plain, made)
+    codes = edit.insert("QuantizeLinear", inputs, 1, attrs)
+    edit.insert("DequantizeLinear", [*codes, *inputs[1:]], [value], attrs)
+    return edit
+
+
 def settings(made: Parameters) -> dict[str, int | None]:
     """The attributes of such a node."""
     return {

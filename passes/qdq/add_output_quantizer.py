@@ -23,13 +23,12 @@ from typing import ClassVar
 
 from onnx import TensorProto
 
-from onnxopt.edit import Edit
 from onnxopt.errors import ProviderError, WorkerError
 from onnxopt.graph import GraphView
 from onnxopt.manager import Context, Pass
 from onnxopt.quantization.calibration import Calibration
 from onnxopt.quantization.layers import Site, site
-from onnxopt.quantization.parameters import Parameters, operands
+from onnxopt.quantization.parameters import Parameters, quantized_result
 from onnxopt.quantization.ranges import affine, min_max
 from onnxopt.quantization.reasons import STATIC_KERNELS, lacks_output
 from onnxopt.report import Guarantee
@@ -115,10 +114,5 @@ def _insert(graph: GraphView, value: str, made: Parameters) -> None:
     """Quantize `value` for all who read it; the result keeps its name."""
     maker = graph.producer(value)
     assert maker is not None
-    edit = Edit(graph, maker)
-    plain = graph.fresh(f"{value}_float")
-    edit.divert(maker, list(maker.output).index(value), plain)
-    inputs, settings = operands(edit, plain, made)
-    codes = edit.insert("QuantizeLinear", inputs, 1, settings)
-    edit.insert("DequantizeLinear", [*codes, *inputs[1:]], [value], settings)
+    edit = quantized_result(graph, maker, value, made)
     graph.apply(edit, "a layer whose result is quantized runs in integers")

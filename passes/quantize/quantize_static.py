@@ -221,13 +221,7 @@ def _quantize_value(graph: GraphView, name: str, made: Parameters) -> None:
     why = "a layer that is quantized reads or makes it"
     maker = graph.producer(name)
     if maker is not None:
-        edit = Edit(graph, maker)
-        plain = graph.fresh(f"{name}_float")
-        edit.divert(maker, list(maker.output).index(name), plain)
-        inputs, settings = parameters.operands(edit, plain, made)
-        codes = edit.insert("QuantizeLinear", inputs, 1, settings)
-        edit.insert("DequantizeLinear", [*codes, *inputs[1:]], [name], settings)
-        graph.apply(edit, why)
+        graph.apply(parameters.quantized_result(graph, maker, name, made), why)
         return
     uses = [use for use in graph.uses(name) if use.view is graph]
     if not uses:
