@@ -40,7 +40,14 @@ from onnxopt._version import __version__
 from onnxopt.data.generate import batched
 from onnxopt.errors import SessionError, UsageError
 from onnxopt.model import Model, Source
-from onnxopt.runtime import Level, Session, SessionSpec, Times, Worker, provider_name
+from onnxopt.runtime import (
+    Level,
+    Session,
+    SessionSpec,
+    Times,
+    Worker,
+    is_cpu,
+)
 from onnxopt.save import stage
 from onnxopt.validation.samples import blamed
 from onnxopt.weights import Array
@@ -185,7 +192,7 @@ def bench(
     sources = _listed(models)
     starts = _starts(rounds, starts)
     _check_choices(level, clock, threads, runs)
-    on_cpu = provider_name(provider) == "CPUExecutionProvider"
+    on_cpu = is_cpu(provider)
     chosen: Clock = clock or ("cpu" if on_cpu and threads == 1 else "wall")
     spec = SessionSpec(
         provider,

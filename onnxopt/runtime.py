@@ -143,6 +143,11 @@ def provider_name(short: str) -> str:
         ) from None
 
 
+def is_cpu(provider: str) -> bool:
+    """Whether a provider is ONNX Runtime's own on the CPU."""
+    return provider_name(provider) == "CPUExecutionProvider"
+
+
 def provider_options(short: str) -> tuple[tuple[str, str], ...]:
     """Options in a provider's text: "cuda:device_id=1,use_tf32=1". Raises UsageError."""
     text = short.partition(":")[2]

@@ -226,9 +226,9 @@ def _notes_on_providers(validation: Validation) -> Iterator[str]:
 
 
 def _is_cpu(provider: str) -> bool:
-    from onnxopt.runtime import provider_name  # only a verdict names providers
+    from onnxopt.runtime import is_cpu  # only a verdict names providers
 
-    return provider_name(provider) == "CPUExecutionProvider"
+    return is_cpu(provider)
 
 
 # ---- an inspection ----

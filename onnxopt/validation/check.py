@@ -17,14 +17,14 @@ import msgspec
 from onnxopt.data import Feeds, GeneratedFeeds
 from onnxopt.errors import ProviderError, SessionError, WorkerMemoryError
 from onnxopt.report import Check, OutputCheck, Placement, Status
-from onnxopt.runtime import Level, Session, SessionSpec, Worker, provider_name
+from onnxopt.runtime import Level, Session, SessionSpec, Worker, is_cpu, provider_name
 from onnxopt.validation.as_written import right_as_written
 from onnxopt.validation.placement import of_session
 from onnxopt.validation.rules import Floor, Outcome, Rule, Sample, Spread
 from onnxopt.validation.samples import NumberedFeed, blamed, numbered, samples_of
 from onnxopt.validation.spread import MovedModels, SpreadMeasure
 from onnxopt.validation.ties import TieBreak
-from onnxopt.validation.verdict import Side, Verdict, Workers, is_cpu, output_check
+from onnxopt.validation.verdict import Side, Verdict, Workers, output_check
 
 # Feeds on which the reference's own noise is measured.
 _NOISE_FEEDS = 8

@@ -31,7 +31,7 @@ from onnx import helper
 from onnxopt.data.inputs import Feed, Feeds
 from onnxopt.errors import WorkerError
 from onnxopt.report import Check, OutputCheck
-from onnxopt.runtime import Worker
+from onnxopt.runtime import Worker, is_cpu
 from onnxopt.validation import noise
 from onnxopt.validation.check import LevelCheck
 from onnxopt.validation.metrics import Difference, compare
@@ -45,7 +45,7 @@ from onnxopt.validation.segments import (
 )
 from onnxopt.validation.spread import MovedModels
 from onnxopt.validation.taps import UNKNOWN_BYTES, TapModel, write_part
-from onnxopt.validation.verdict import LEVELS, Question, Verdict, Workers, is_cpu
+from onnxopt.validation.verdict import LEVELS, Question, Verdict, Workers
 
 log = logging.getLogger("onnxopt.validate")
 

@@ -21,9 +21,9 @@ from google.protobuf.message import DecodeError
 from onnxopt.data.inputs import Feed, Feeds
 from onnxopt.errors import ProviderError, SessionError, WorkerError, WorkerMemoryError
 from onnxopt.report import Placement
-from onnxopt.runtime import Level, Ran, Session, provider_name
+from onnxopt.runtime import Level, Ran, Session, is_cpu, provider_name
 from onnxopt.validation import noise
-from onnxopt.validation.verdict import LEVELS, Side, Verdict, Workers, is_cpu
+from onnxopt.validation.verdict import LEVELS, Side, Verdict, Workers
 
 log = logging.getLogger("onnxopt.validate")
 

@@ -16,9 +16,9 @@ import numpy as np
 from onnxopt import processor
 from onnxopt.data.inputs import Feed, Feeds
 from onnxopt.errors import SessionError, WorkerError
-from onnxopt.runtime import Session, Worker
+from onnxopt.runtime import Session, Worker, is_cpu
 from onnxopt.validation.placement import int8_layers
-from onnxopt.validation.verdict import Question, Verdict, is_cpu
+from onnxopt.validation.verdict import Question, Verdict
 
 _FEEDS = 2
 _NOTICEABLE = 1e-3

@@ -25,7 +25,7 @@ from onnxopt.report import (
     Status,
     Validation,
 )
-from onnxopt.runtime import Level, SessionSpec, Worker, provider_name
+from onnxopt.runtime import Level, SessionSpec, Worker, is_cpu, provider_name
 from onnxopt.validation import noise
 from onnxopt.validation.footprint import Footprint, limit
 from onnxopt.validation.metrics import Allowance, Difference
@@ -201,11 +201,6 @@ class Workers:
         """Either model: what it is called, its process, its file."""
         yield "reference", self.reference, question.reference
         yield "candidate", self.candidate, question.candidate
-
-
-def is_cpu(provider: str) -> bool:
-    """Whether a provider is ONNX Runtime's own on the CPU."""
-    return provider_name(provider) == "CPUExecutionProvider"
 
 
 class Verdict:
