@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -64,11 +65,11 @@ def test_bins_are_those_of_the_values(samples: list[Array]) -> None:
 @given(SAMPLES, st.randoms())
 @settings(max_examples=60, deadline=None)
 def test_the_order_and_the_split_of_samples_change_nothing(
-    samples: list[Array], random: object
+    samples: list[Array], random: Random
 ) -> None:
     whole = histogram(*samples)
     shuffled = list(samples)
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    random.shuffle(shuffled)
     first, second = histogram(*shuffled[::2]), histogram(*shuffled[1::2])
     first.merge(second)
     assert (first.low, first.high, first.limit) == (whole.low, whole.high, whole.limit)

@@ -178,7 +178,7 @@ class _Cache:
         """Write the file anew, with this lot in it. Raises UsageError."""
         self.lots[_key(names)] = _Cached(samples, chain, seen)
         heads: dict[str, Any] = {}
-        arrays: dict[str, np.ndarray] = {}
+        arrays: dict[str, Any] = {}
         for key, lot in self.lots.items():
             entries = {}
             for name, histogram in lot.seen.items():
@@ -189,7 +189,7 @@ class _Cache:
         text = json.dumps({"format": 1, "model": self.model, "lots": heads})
         spare = self.path.with_name(f".{self.path.name}.{os.getpid()}.npz")
         try:
-            np.savez_compressed(spare, head=np.array(text), **arrays)  # type: ignore[arg-type]
+            np.savez_compressed(spare, head=np.array(text), **arrays)
             spare.replace(self.path)
         except OSError as error:
             raise UsageError(f"cannot write {self.path}: {error.strerror}") from None

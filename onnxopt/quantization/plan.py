@@ -56,17 +56,13 @@ class Exclusion(msgspec.Struct, frozen=True):
 class Layer(msgspec.Struct, frozen=True, eq=False):
     """A layer to be quantized.
 
-    `weight`: the slot of its constant weight, None where both operands are computed, and
-    `axis` that of the weight's output channels. `bias`: its slot, or None. `end`: the
-    value that is quantized after it, its activation included; None where the layer
-    gives floats.
+    Its first input is computed, and its second the weight, whose output channels lie
+    along `axis`. `end`: the value that is quantized after it, its activation included;
+    None where the layer gives floats.
     """
 
     node: NodeProto
-    inputs: tuple[int, ...]
-    weight: int | None
     axis: int
-    bias: int | None
     end: str | None
 
 
@@ -107,8 +103,7 @@ def plan(graph: GraphView, keep: Exclusion | None = None) -> Plan:
 
 def _ends(layers: Iterable[Layer]) -> Iterator[str]:
     for layer in layers:
-        for slot in layer.inputs:
-            yield layer.node.input[slot]
+        yield layer.node.input[0]
         if layer.end is not None:
             yield layer.end
 
@@ -133,31 +128,27 @@ def _conv(graph: GraphView, node: NodeProto) -> Layer | str:
         return "its weight is computed"
     if len(node.input) > 2 and node.input[2] and graph.weight(node.input[2]) is None:
         return "its bias is computed"
-    bias = 2 if len(node.input) > 2 and node.input[2] else None
-    return Layer(node, (0,), 1, 0, bias, activated(graph, node))
+    return Layer(node, 0, activated(graph, node))
 
 
 def _gemm(graph: GraphView, node: NodeProto) -> Layer | str:
-    if graph.weight(node.input[1]) is None:
+    weight = graph.weight(node.input[1])
+    if weight is None:
         return "its weight is computed"
     if attributes.get(node, "transA", 0):
         return "its input is transposed"
     plain = attributes.get(node, "alpha", 1.0) == 1.0
     if not plain or attributes.get(node, "beta", 1.0) != 1.0:
         return "its alpha or beta is not 1"
-    bias = 2 if len(node.input) > 2 and node.input[2] else None
-    if bias is not None:
-        tensor = graph.weight(node.input[2])
-        if tensor is None:
-            return "its bias is computed"
-        axis = 0 if attributes.get(node, "transB", 0) else 1
-        weight = graph.weight(node.input[1])
-        assert weight is not None
-        if list(tensor.dims) != [weight.dims[axis]]:
-            return "its bias is not one per output channel"
     axis = 0 if attributes.get(node, "transB", 0) else 1
+    if len(node.input) > 2 and node.input[2]:
+        bias = graph.weight(node.input[2])
+        if bias is None:
+            return "its bias is computed"
+        if list(bias.dims) != [weight.dims[axis]]:
+            return "its bias is not one per output channel"
     # with a bias of int32 it gives floats, where nothing behind it wants codes
-    return Layer(node, (0,), 1, axis, bias, None)
+    return Layer(node, axis, None)
 
 
 def _matmul(graph: GraphView, node: NodeProto) -> Layer | str:
@@ -169,7 +160,7 @@ def _matmul(graph: GraphView, node: NodeProto) -> Layer | str:
     if len(right.dims) != 2:
         return f"its weight is of rank {len(right.dims)}"
     # without a QuantizeLinear behind it, the kernel gives floats and adds the bias
-    return Layer(node, (0,), 1, 1, None, None)
+    return Layer(node, 1, None)
 
 
 def activated(graph: GraphView, node: NodeProto) -> str:
