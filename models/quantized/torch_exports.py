@@ -15,6 +15,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+import models.shapes  # noqa: F401 - a rule that torch.export lacks
 from models.quantized.integers import GroupedLinear, IntegerLinear, eager_net
 from models.quantized.layers import decomposed, per_channel, per_tensor
 from models.quantized.networks import (
@@ -33,14 +34,6 @@ from models.quantized.transformer import tokens, transformer
 Make = Callable[[], nn.Module]
 _PRESERVE = torch.onnx.TrainingMode.PRESERVE  # EVAL folds the BatchNorm
 _IMAGES, _ROWS, _SEQUENCES = images()[0], vectors(48)[0], vectors(7, 48)[0]
-
-
-@torch.library.register_fake("aten::fake_quantize_per_tensor_affine_cachemask")
-def _fake_quantize_shapes(
-    x: Tensor, scale: float, zero_point: int, low: int, high: int
-) -> tuple[Tensor, Tensor]:
-    """torch.export traces with shapes alone, and torch has no such rule for this one."""
-    return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
 
 
 def legacy(model: nn.Module, sample: Tensor, name: str, fold: bool = True) -> None:
